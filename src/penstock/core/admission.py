@@ -1,0 +1,144 @@
+"""The admission pass: the queue's heads ask for memory, in order, until one is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.core.books import Books
+from penstock.core.entry import Entry
+from penstock.core.forecast.wait import WaitForecast
+from penstock.core.lifecycle import State
+from penstock.core.memory import blocks_for
+from penstock.core.policies.base import Answer, Defer, Judge, Policy, Reject
+from penstock.core.snapshot import Candidate
+from penstock.core.types import Drop, Ended, FinishReason, Start
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making.
+
+    Attributes:
+        chunks: (request, first token, tokens).
+        sampling: requests whose last chunk is in this plan.
+        prefill_left: tokens that chunks may still take.
+    """
+
+    now: float
+    drops: list[Drop]
+    prefill_left: int
+    starts: list[Start] = field(default_factory=list)
+    chunks: list[tuple[Entry, int, int]] = field(default_factory=list)
+    sampling: list[Entry] = field(default_factory=list)
+
+    def chunk(self, entry: Entry) -> None:
+        """Give a request in prefill as much of the step as there is."""
+        tokens = min(entry.total - entry.computed, self.prefill_left)
+        if tokens <= 0:
+            return
+        self.chunks.append((entry, entry.computed, tokens))
+        self.prefill_left -= tokens
+        entry.computed += tokens
+        if entry.computed == entry.total:
+            self.sampling.append(entry)
+
+
+class Admission:
+    """Asks the policy, and starts those it admits."""
+
+    def __init__(self, books: Books, policy: Policy) -> None:
+        self._books = books
+        self._policy = policy
+        self._deferred: tuple[Entry, int] | None = None
+        self._next_pass = 0
+        self.wait = WaitForecast()
+        self.admissions = 0
+
+    def run(self, draft: Draft) -> list[Ended]:
+        """One pass; returns those the policy rejected."""
+        books, rejected = self._books, list[Ended]()
+        head = books.queue.peek()
+        if head is None or draft.prefill_left <= 0 or not self._due(head):
+            return rejected
+        self._next_pass = books.decode.ticks + self._policy.period
+        limit = self._policy.per_pass or len(books.queue)
+        judge: Judge | None = None
+        while head is not None and limit > 0 and draft.prefill_left > 0:
+            # One evicted from a plan in flight must have that plan's token first.
+            busy = books.slots >= books.capabilities.max_batch
+            if busy or head.last_plan > books.confirmed.number:
+                break
+            candidate = self._candidate(draft, head)
+            if candidate.blocks > books.ledger.free:
+                answer: Answer = Defer(
+                    f"KV memory: {candidate.blocks} blocks needed, {books.ledger.free} free"
+                )
+            else:
+                judge = judge or self._policy.admit.judge(books.view(draft.now))
+                answer = judge(candidate)
+            if isinstance(answer, Reject):
+                tokens = books.output_tokens(head)
+                rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
+            elif isinstance(answer, Defer) and not self._alone(candidate):
+                head.why = answer.reason
+                self._deferred = (head, books.releases)
+                break
+            else:
+                self._start(draft, head, candidate)
+                limit -= 1
+            head = books.queue.peek()
+        return rejected
+
+    def _due(self, head: Entry) -> bool:
+        """Whether asking can bring anything new."""
+        if not self._books.running:
+            return True
+        if self._books.decode.ticks < self._next_pass:
+            return False
+        known = self._deferred == (head, self._books.releases)
+        return not (known and self._policy.admit.monotone)
+
+    def _alone(self, candidate: Candidate) -> bool:
+        """Nothing runs, so to defer a request that fits would be to starve it."""
+        return not self._books.running and candidate.blocks <= self._books.ledger.free
+
+    def _candidate(self, draft: Draft, entry: Entry) -> Candidate:
+        cached, held = self._hits(entry)
+        size = self._books.ledger.block_size
+        rest = max(0, entry.total - cached * size - draft.prefill_left)
+        return Candidate(
+            request=entry.request,
+            seq=entry.seq,
+            generated=entry.generated,
+            evictions=entry.evictions,
+            shared=held * size,
+            blocks=blocks_for(entry.total, size) - held,
+            lag=-(-rest // self._books.prefill_per_step),
+        )
+
+    def _hits(self, entry: Entry) -> tuple[int, int]:
+        """Cached blocks it can begin with, and how many of them someone holds."""
+        if not entry.request.prefix:
+            return 0, 0
+        # At least one token must be computed, or there is nothing to sample from.
+        limit = (entry.total - 1) // self._books.ledger.block_size
+        return self._books.ledger.hits(entry.request.prefix, limit)
+
+    def _start(self, draft: Draft, entry: Entry, candidate: Candidate) -> None:
+        books = self._books
+        size = books.ledger.block_size
+        cached, _ = self._hits(entry)
+        keys = entry.request.prefix[:cached]
+        books.queue.remove(entry)
+        books.ledger.take(entry.holding, blocks_for(entry.total, size) - cached, keys)
+        if candidate.evictions == 0 and draft.now > entry.waited_since:
+            self.wait.admitted(draft.now)
+        entry.move(State.PREFILL)
+        entry.computed = cached * size
+        entry.published = cached
+        entry.why = ""
+        entry.last_plan = books.number + 1
+        self.admissions += 1
+        books.prefill[entry.request.id] = entry
+        draft.starts.append(Start(entry.request.id, entry.total, keys))
+        draft.chunk(entry)

@@ -1,0 +1,256 @@
+"""Who is where and who holds what: the state behind the scheduler, without its decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from penstock.core.deadlines import Deadlines
+from penstock.core.entry import DecodeSet, Entry
+from penstock.core.lifecycle import State
+from penstock.core.memory import Ledger
+from penstock.core.queue import WaitingQueue
+from penstock.core.snapshot import Columns, Snapshot
+from penstock.core.types import (
+    Capabilities,
+    Drop,
+    Ended,
+    FinishReason,
+    OnMiss,
+    PrefixKey,
+    RequestId,
+)
+
+
+@dataclass(slots=True)
+class Confirmed:
+    """The last confirmed plan: its number, and the decode set's ticks in it."""
+
+    number: int = 0
+    tick: int = 0
+
+
+@dataclass(slots=True)
+class Leaving:
+    """Requests on their way out.
+
+    Attributes:
+        lingering: ended, but named by a plan in flight; the keys are of blocks to leave behind.
+        drops: ended and free to go: the next plan tells the engine.
+        forgotten: ended without memory; no plan will name them.
+        ended: not yet told to the runtime.
+        ids: all of the first three: ids not to be used again yet.
+    """
+
+    lingering: dict[RequestId, tuple[Entry, tuple[PrefixKey, ...]]] = field(default_factory=dict)
+    drops: list[Drop] = field(default_factory=list)
+    forgotten: list[RequestId] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    ids: set[RequestId] = field(default_factory=set)
+
+
+class Books:
+    """The scheduler's state, and the moves that keep it consistent."""
+
+    def __init__(self, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+        self.ledger = Ledger(capabilities.kv_blocks, capabilities.block_size)
+        self.queue = WaitingQueue()
+        self.decode = DecodeSet(capabilities.block_size)
+        self.prefill: dict[RequestId, Entry] = {}
+        self.draining: dict[RequestId, Entry] = {}
+        self.entries: dict[RequestId, Entry] = {}
+        self.deadlines = Deadlines()
+        self.leaving = Leaving()
+        self.number = 0
+        self.confirmed = Confirmed()
+        self.releases = 0
+        self.evictions = 0
+        self.prefill_per_step = 1
+
+    @property
+    def running(self) -> int:
+        """Requests that hold memory and have tokens to come."""
+        return len(self.decode) + len(self.prefill)
+
+    @property
+    def slots(self) -> int:
+        """Requests that occupy a place in the engine's batch."""
+        return self.running + len(self.draining) + len(self.leaving.lingering)
+
+    def evict(self, entry: Entry, now: float) -> Drop:
+        """Take a running request's memory; it waits again."""
+        self._stop_running(entry)
+        self.ledger.give_back(entry.holding)
+        self.releases += 1
+        self.evictions += 1
+        entry.move(State.EVICTED)
+        entry.evictions += 1
+        entry.computed = entry.published = 0
+        entry.waited_since = now
+        entry.why = "evicted: KV memory overflowed"
+        self.queue.push(entry)
+        self.deadlines.evicted(entry, now)
+        return Drop(entry.request.id, final=False)
+
+    def sampled(self, entry: Entry) -> bool:
+        """A request's last chunk was planned; True if its token is its last, by the cap."""
+        del self.prefill[entry.request.id]
+        entry.generated += 1
+        entry.base = entry.generated - self.decode.ticks
+        entry.sampled_in = self.number
+        entry.sampled_as = entry.generated
+        if entry.generated >= entry.request.cap:
+            return True
+        entry.move(State.DECODE)
+        self.decode.join(entry)
+        return False
+
+    def drain(self, entry: Entry) -> None:
+        """A request's last token is planned."""
+        entry.last_plan = self.number
+        entry.move(State.DRAINING)
+        self.draining[entry.request.id] = entry
+
+    def end(
+        self,
+        entry: Entry,
+        reason: FinishReason,
+        output_tokens: int,
+        detail: str = "",
+        keys: tuple[PrefixKey, ...] = (),
+    ) -> Ended:
+        """End a request; its memory is given back once no plan in flight names it.
+
+        ``keys`` name its full blocks, to leave behind as prefix cache.
+        """
+        request_id = entry.request.id
+        if entry.state in {State.PREFILL, State.DECODE}:
+            self._stop_running(entry)
+        elif entry.state is State.DRAINING:
+            del self.draining[request_id]
+        else:
+            self.queue.remove(entry)
+        entry.move(State.ENDED)
+        del self.entries[request_id]
+        ended = Ended(request_id, reason, output_tokens, entry.evictions, detail)
+        self.leaving.ended.append(ended)
+        self.leaving.ids.add(request_id)
+        if entry.last_plan > self.confirmed.number:
+            self.leaving.lingering[request_id] = (entry, keys)
+        else:
+            self._release(entry, keys)
+        return ended
+
+    def demote(self, entry: Entry) -> None:
+        """From now on everyone else is considered before it."""
+        if entry.state in {State.WAITING, State.EVICTED}:
+            self.queue.remove(entry)
+            entry.demoted = True
+            self.queue.push(entry)
+        entry.demoted = True
+
+    def missed(self, entry: Entry, detail: str) -> Ended | None:
+        """Act on a promise that can no longer be kept, as the request asked."""
+        if entry.request.on_miss is OnMiss.EXPIRE:
+            return self.end(entry, FinishReason.EXPIRED, self.output_tokens(entry), detail)
+        self.demote(entry)
+        return None
+
+    def output_tokens(self, entry: Entry) -> int:
+        """Output tokens in confirmed plans."""
+        if entry.sampled_in > self.confirmed.number:
+            return entry.sampled_as - 1
+        generated = entry.generated
+        if entry.state is State.DECODE:
+            generated = self.decode.generated(entry)
+        return min(generated, entry.base + self.confirmed.tick) if entry.sampled_in else 0
+
+    def release_confirmed(self) -> None:
+        """Release those whom no plan in flight names any more."""
+        lingering = self.leaving.lingering
+        done = [
+            request_id
+            for request_id, (entry, _) in lingering.items()
+            if entry.last_plan <= self.confirmed.number
+        ]
+        for request_id in done:
+            self._release(*lingering.pop(request_id))
+
+    def view(self, now: float) -> Snapshot:
+        """What policies may see."""
+        return Snapshot(
+            now=now,
+            plan=self.number + 1,
+            capacity=self.ledger.capacity,
+            block_size=self.ledger.block_size,
+            used=self.ledger.used,
+            shared=self.ledger.common,
+            lingering=self._lingering_blocks(),
+            waiting=len(self.queue),
+            running=self.running,
+            decoding=len(self.decode),
+            _gather=self.columns,
+        )
+
+    def columns(self) -> Columns:
+        """The running requests: those that decode, then those in prefill."""
+        seq, prompt, generated, cap = self.decode.columns()
+        decoding = len(seq)
+        shared = np.zeros(decoding + len(self.prefill), dtype=np.int64)
+        lag = np.zeros_like(shared)
+        size = self.ledger.block_size
+        if self.prefill:
+            rows = list(self.prefill.values())
+            more = np.array(
+                [(e.seq, e.request.prompt_tokens, e.generated, e.request.cap) for e in rows],
+                dtype=np.int64,
+            )
+            seq, prompt, generated, cap = (
+                np.concatenate((old, more[:, column]))
+                for column, old in enumerate((seq, prompt, generated, cap))
+            )
+            lag[decoding:] = [-(-(e.total - e.computed) // self.prefill_per_step) for e in rows]
+        if self.ledger.common:
+            holders = [*self.decode.entries, *self.prefill.values()]
+            shared[:] = [entry.holding.common * size for entry in holders]
+        for array in (seq, prompt, generated, cap, shared, lag):
+            array.flags.writeable = False
+        return Columns((*self.decode.ids, *self.prefill), seq, prompt, generated, cap, shared, lag)
+
+    def check(self) -> None:
+        """Raise AssertionError if the books contradict themselves."""
+        self.ledger.check()
+        live = len(self.queue) + self.running + len(self.draining)
+        assert live == len(self.entries), f"{live} requests are somewhere, of {len(self.entries)}"
+        if not self.entries and not self.leaving.lingering:
+            assert self.ledger.used == 0, f"{self.ledger.used} KV blocks are held by nobody"
+
+    def _stop_running(self, entry: Entry) -> None:
+        if entry.state is State.DECODE:
+            self.decode.leave(entry)
+            entry.last_plan = self.number
+        else:
+            del self.prefill[entry.request.id]
+
+    def _release(self, entry: Entry, keys: tuple[PrefixKey, ...]) -> None:
+        holding = entry.holding
+        if not (holding.private or holding.keys):
+            self.leaving.forgotten.append(entry.request.id)
+            return
+        left = tuple(
+            (index, key) for index, key in enumerate(keys) if self.ledger.publish(holding, key)
+        )
+        self.ledger.give_back(holding)
+        self.releases += 1
+        self.leaving.drops.append(Drop(entry.request.id, final=True, publish=left))
+
+    def _lingering_blocks(self) -> int:
+        if not self.draining and not self.leaving.lingering:
+            return 0
+        ended = [entry for entry, _ in self.leaving.lingering.values()]
+        return sum(
+            entry.holding.private + entry.holding.sole
+            for entry in (*self.draining.values(), *ended)
+        )

@@ -1,0 +1,82 @@
+"""Deadlines that wait in a heap until they are due, so that nobody polls them."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from enum import StrEnum
+
+from penstock.core.entry import Entry
+from penstock.core.lifecycle import State
+from penstock.core.types import OnMiss
+
+
+class Promise(StrEnum):
+    """The promise that a deadline belongs to."""
+
+    TTFT = "ttft"
+    GAP = "gap"
+    E2E = "e2e"
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A promise that can no longer be kept."""
+
+    entry: Entry
+    promise: Promise
+    detail: str
+
+
+class Deadlines:
+    """Deadlines of requests whose ``on_miss`` asks for action.
+
+    TTFT and end-to-end deadlines are set when a request arrives.  The gap is watched while a
+    request is evicted; between two steps in which it takes part the gap is the step time,
+    which no decision about this request could have shortened.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Promise, int, Entry]] = []
+
+    def arrived(self, entry: Entry) -> None:
+        """Set the deadlines that count from the arrival."""
+        request = entry.request
+        if request.on_miss is OnMiss.KEEP:
+            return
+        if request.slo.ttft is not None:
+            self._push(request.arrival + request.slo.ttft, Promise.TTFT, entry)
+        if request.slo.e2e is not None:
+            self._push(request.arrival + request.slo.e2e, Promise.E2E, entry)
+
+    def evicted(self, entry: Entry, now: float) -> None:
+        """Set the deadline for the next token of a request that has just been evicted."""
+        request = entry.request
+        if request.on_miss is OnMiss.KEEP or request.slo.gap is None or entry.generated == 0:
+            return
+        self._push(now + request.slo.gap, Promise.GAP, entry)
+
+    def due(self, now: float) -> list[Miss]:
+        """Deadlines that have passed unmet, in order of time."""
+        misses = []
+        while self._heap and self._heap[0][0] <= now:
+            at, _, promise, evictions, entry = heapq.heappop(self._heap)
+            if _unmet(entry, promise, evictions):
+                bound = getattr(entry.request.slo, promise)
+                late = now - at
+                detail = f"the {promise} promise of {bound:g} s was missed {late:.3f} s ago"
+                misses.append(Miss(entry, promise, detail))
+        return misses
+
+    def _push(self, at: float, promise: Promise, entry: Entry) -> None:
+        heapq.heappush(self._heap, (at, entry.seq, promise, entry.evictions, entry))
+
+
+def _unmet(entry: Entry, promise: Promise, evictions: int) -> bool:
+    if entry.state is State.ENDED:
+        return False
+    if promise is Promise.TTFT:
+        return entry.sampled_in == 0
+    if promise is Promise.GAP:
+        return entry.state is State.EVICTED and entry.evictions == evictions
+    return True

@@ -1,0 +1,79 @@
+"""The one interface behind which models run: native, simulated, vLLM-driven, scripted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from penstock.core.sampling import SamplingParams
+from penstock.core.types import Capabilities, RequestId, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an engine must know about a request and a scheduler must not.
+
+    Attributes:
+        prompt: token ids.
+        sampling: how its tokens are chosen.
+        trace_length: benchmarks only: end it with STOP at exactly this many
+            output tokens, whatever the model says.  No policy but the oracle
+            ever sees it.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    trace_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A plan in flight."""
+
+    number: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs plans in the order in which they are submitted.
+
+    An engine never decides anything: it places KV blocks, runs the model,
+    samples, and says which requests stopped by themselves.  It keeps one
+    block table per started request, and shares blocks only as plans say: the
+    scheduler counts blocks, the engine places them.
+
+    Contract, step by step: apply ``drops`` (a final one also forgets the
+    payload), ``forget``, ``starts``, then run ``chunks`` and ``decode``.  A
+    request's table grows by one block whenever its next token needs one; the
+    scheduler guarantees that there is room.  A plan without work
+    (``plan.tokens == 0``) is bookkeeping only.  A request that stopped by
+    itself may be named by one more plan when ``depth`` is 2; the runtime
+    throws that token away.  The cap on output tokens is the scheduler's
+    business: it simply stops naming the request and drops it.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the scheduler may ask of it; constant over its life."""
+        ...
+
+    def open(self, request_id: RequestId, work: Work) -> None:
+        """Take in a request's payload, before the first plan that names it."""
+        ...
+
+    def discard(self, request_id: RequestId) -> None:
+        """Forget a payload that no plan has started, or whose final drop has been applied."""
+        ...
+
+    def submit(self, plan: StepPlan) -> Ticket:
+        """Begin a step.  At most ``capabilities.depth`` tickets are open at a time."""
+        ...
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Wait for a step.  Tickets are collected in the order of submission."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back.  Idempotent."""
+        ...

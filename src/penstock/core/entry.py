@@ -1,0 +1,150 @@
+"""The scheduler's own record of a request, and the requests that decode in step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from penstock.core.lifecycle import State, check_move
+from penstock.core.memory import Holding, blocks_for
+from penstock.core.policies.base import OrderKey
+from penstock.core.snapshot import Ints
+from penstock.core.types import Request, RequestId
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """What the scheduler knows about a request.
+
+    Attributes:
+        seq: order of arrival, from 0.
+        key: its place in the order.
+        generated: output tokens in plans so far; while decoding see :meth:`DecodeSet.generated`.
+        base: ``generated`` minus the decode set's ticks, from its last sampled chunk on.
+        computed: tokens that have KV, counted while in prefill.
+        sampled_in: number of the plan whose chunk sampled last, 0 before the first.
+        sampled_as: ``generated`` right after that.
+        last_plan: number of the last plan that names it; while it decodes, not kept up to date.
+        waited_since: when it last entered the waiting queue.
+        why: why it is still waiting, if anyone said so.
+    """
+
+    request: Request
+    seq: int
+    key: OrderKey
+    waited_since: float
+    state: State = State.WAITING
+    demoted: bool = False
+    generated: int = 0
+    base: int = 0
+    computed: int = 0
+    published: int = 0
+    sampled_in: int = 0
+    sampled_as: int = 0
+    last_plan: int = 0
+    evictions: int = 0
+    why: str = ""
+    holding: Holding = field(default_factory=Holding)
+
+    @property
+    def total(self) -> int:
+        """Tokens that must have KV before it can yield its next one."""
+        return self.request.prompt_tokens + self.generated
+
+    def move(self, state: State) -> None:
+        """Change state; raises on an illegal move."""
+        check_move(self.request.id, self.state, state)
+        self.state = state
+
+
+class DecodeSet:
+    """Requests that each get one token per tick, kept so that a tick costs O(1).
+
+    A tick touches no request.  Each one's token count is ``base + ticks``; the blocks that a
+    tick needs are read from a count per residue class (a request enters a new block when
+    its KV length is a multiple of the block size, and all lengths advance together); requests
+    that reach their cap wait in a bucket under the tick at which they do.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.ticks = 0
+        self._block_size = block_size
+        self._members: dict[RequestId, Entry] = {}
+        self._crossing = [0] * block_size
+        self._capped: dict[int, list[Entry]] = {}
+        self._ids: tuple[RequestId, ...] | None = ()
+        self._columns: tuple[Ints, Ints, Ints, Ints] | None = None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._members
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The members, in the order in which they joined."""
+        return list(self._members.values())
+
+    @property
+    def ids(self) -> tuple[RequestId, ...]:
+        """The members' ids; the same object until someone joins or leaves."""
+        if self._ids is None:
+            self._ids = tuple(self._members)
+        return self._ids
+
+    def generated(self, entry: Entry) -> int:
+        """Output tokens a member has, in plans so far."""
+        return entry.base + self.ticks
+
+    def growth(self) -> int:
+        """Blocks that the next tick needs."""
+        return self._crossing[-self.ticks % self._block_size]
+
+    def tick(self) -> list[Entry]:
+        """One token for everyone; returns those that reached their cap with it."""
+        self.ticks += 1
+        capped = self._capped.pop(self.ticks, None)
+        if capped is None:
+            return []
+        # An entry may be stale: the request left and came back with another base.
+        return [
+            entry
+            for entry in capped
+            if entry.request.id in self._members and entry.base + self.ticks == entry.request.cap
+        ]
+
+    def join(self, entry: Entry) -> None:
+        """Let a request in whose chunk has just sampled; ``entry.base`` is set."""
+        self._members[entry.request.id] = entry
+        self._crossing[self._residue(entry)] += 1
+        self._capped.setdefault(entry.request.cap - entry.base, []).append(entry)
+        self._ids = self._columns = None
+
+    def leave(self, entry: Entry) -> None:
+        """Let a request out and bring its own counts up to date."""
+        del self._members[entry.request.id]
+        self._crossing[self._residue(entry)] -= 1
+        entry.generated = entry.base + self.ticks
+        entry.computed = entry.request.prompt_tokens + entry.generated - 1
+        holding = entry.holding
+        holding.private = blocks_for(entry.computed, self._block_size) - len(holding.keys)
+        self._ids = self._columns = None
+
+    def columns(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """(seq, prompt, generated, cap) of the members."""
+        if self._columns is None:
+            rows = np.array(
+                [
+                    (e.seq, e.request.prompt_tokens, e.base, e.request.cap)
+                    for e in self._members.values()
+                ],
+                dtype=np.int64,
+            ).reshape(-1, 4)
+            self._columns = (rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3])
+        seq, prompt, base, cap = self._columns
+        return seq, prompt, base + self.ticks, cap
+
+    def _residue(self, entry: Entry) -> int:
+        return (entry.request.prompt_tokens + entry.base - 1) % self._block_size

@@ -1,0 +1,1 @@
+"""May this request take KV memory now?"""

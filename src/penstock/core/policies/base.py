@@ -1,0 +1,124 @@
+"""What a policy for each question looks like, and their composition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from penstock.core.snapshot import Candidate, Columns, Snapshot
+from penstock.core.types import Ended, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Give it memory now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defer:
+    """Not now; ``reason`` says why, in numbers, for whoever asks."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Never: end it as rejected.  ``retry_after`` (seconds) if trying again later may help."""
+
+    reason: str
+    retry_after: float | None = None
+
+
+Answer: TypeAlias = Admit | Defer | Reject
+Judge: TypeAlias = Callable[[Candidate], Answer]
+OrderKey: TypeAlias = tuple[float, ...]
+
+
+class OrderPolicy(Protocol):
+    """Who is considered first?  Smaller keys first; ties by order of arrival."""
+
+    def key(self, request: Request) -> OrderKey:
+        """A key that does not change while the request waits."""
+        ...
+
+
+class AdmitPolicy(Protocol):
+    """May the head of the order take KV memory now?
+
+    Attributes:
+        monotone: a deferred request stays deferred until memory is given
+            back, so there is no need to ask again before that.
+    """
+
+    @property
+    def monotone(self) -> bool:
+        """See the class."""
+        ...
+
+    def judge(self, view: Snapshot) -> Judge:
+        """Open a pass: a function that answers for one candidate after another.
+
+        The function takes it that every candidate it admitted was started.
+        """
+        ...
+
+    def observe(self, ended: Ended) -> None:
+        """Learn from a request's end."""
+        ...
+
+    def learn_true_length(self, request_id: str, length: int) -> None:
+        """For the oracle only; every other policy must do nothing here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How a step's tokens are shared out.
+
+    ``decode``: whether the decoding requests advance.  ``prefill``: most tokens for chunks.
+    """
+
+    decode: bool
+    prefill: int
+
+
+class SharePolicy(Protocol):
+    """How many tokens does each admitted request get in this step?"""
+
+    def split(self, view: Snapshot, max_step_tokens: int) -> Split:
+        """Divide at most ``max_step_tokens``."""
+        ...
+
+
+class VictimPolicy(Protocol):
+    """Who gives memory back when it overflows?"""
+
+    def choose(self, running: Columns) -> int:
+        """Row of the victim; ``running`` is not empty."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A composition of answers.
+
+    Attributes:
+        period: steps from one admission pass to the next (``max_wait_tokens`` in LightLLM).
+        per_pass: most requests admitted in one pass; 0 is no limit.
+    """
+
+    order: OrderPolicy
+    admit: AdmitPolicy
+    share: SharePolicy
+    victim: VictimPolicy
+    period: int = 1
+    per_pass: int = 0
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            msg = f"period is {self.period}; it must be at least 1 step"
+            raise ValueError(msg)
+        if self.per_pass < 0:
+            msg = f"per_pass is {self.per_pass}; it must be 0 (no limit) or more"
+            raise ValueError(msg)

@@ -1,0 +1,154 @@
+"""Named compositions of the five answers.  Each paper is a point in one space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from penstock.core.policies.admit.aggressive import Aggressive
+from penstock.core.policies.admit.conservative import Conservative
+from penstock.core.policies.admit.oracle import Oracle
+from penstock.core.policies.admit.past_future import PastFuture
+from penstock.core.policies.base import AdmitPolicy, OrderPolicy, Policy
+from penstock.core.policies.order.fcfs import Fcfs
+from penstock.core.policies.order.priority import Priority
+from penstock.core.policies.share.continuous import Continuous
+from penstock.core.policies.victim.latest_arrived import LatestArrived
+
+AdmitFactory = Callable[..., AdmitPolicy]
+_T = TypeVar("_T")
+ORDERS: Mapping[str, Callable[[], OrderPolicy]] = MappingProxyType(
+    {"fcfs": Fcfs, "priority": Priority}
+)
+"""Orders by name."""
+
+
+def _without_rng(make: Callable[..., AdmitPolicy]) -> AdmitFactory:
+    def build(rng: np.random.Generator, **parameters: Any) -> AdmitPolicy:  # noqa: ANN401
+        del rng
+        return make(**parameters)
+
+    return build
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A named composition.
+
+    Attributes:
+        name: what to write after ``--preset``.
+        source: where it comes from.
+        admit_name: the name of its answer to "admit".
+        admit: makes that answer from a random source and parameters.
+        parameters: the defaults of what may be overridden by name, in :func:`build`.
+        period, per_pass: see :class:`~penstock.core.policies.base.Policy`.
+    """
+
+    name: str
+    source: str
+    admit_name: str
+    admit: AdmitFactory
+    parameters: Mapping[str, float | int | None]
+    period: int = 1
+    per_pass: int = 0
+    order: str = "fcfs"
+    share: str = "continuous"
+    victim: str = "latest-arrived"
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        preset.name: preset
+        for preset in (
+            Preset(
+                "vllm",
+                "vLLM V1: watermark, chunked prefill, preemption by recompute",
+                "aggressive",
+                _without_rng(Aggressive),
+                MappingProxyType({"watermark": 0.99}),
+            ),
+            Preset(
+                "tgi",
+                "text-generation-inference: every request's cap is reserved",
+                "conservative",
+                _without_rng(Conservative),
+                MappingProxyType({"over_commit": 1.0}),
+            ),
+            Preset(
+                "past-future",
+                "Past-Future (arXiv 2507.10150): the paper's parameters",
+                "past-future",
+                PastFuture,
+                MappingProxyType({"window": 1000, "reserve": 0.03, "cold_start": None}),
+            ),
+            Preset(
+                "past-future-artifact",
+                "Past-Future: the parameters of the authors' artifact server",
+                "past-future",
+                PastFuture,
+                MappingProxyType({"window": 40, "reserve": 0.05, "cold_start": 6000}),
+                period=2,
+                per_pass=1,
+            ),
+            Preset(
+                "oracle",
+                "the Past-Future paper's theoretical optimum; needs the true lengths",
+                "oracle",
+                _without_rng(Oracle),
+                MappingProxyType({}),
+            ),
+        )
+    }
+)
+"""Presets by name."""
+
+
+def build(
+    name: str,
+    *,
+    seed: int = 0,
+    order: str | None = None,
+    period: int | None = None,
+    token_budget: int = 0,
+    **parameters: float | None,
+) -> Policy:
+    """Make a preset's policy.
+
+    Args:
+        name: one of :data:`PRESETS`.
+        seed: of the policy's random source.
+        order: one of :data:`ORDERS`, instead of the preset's.
+        period: steps from one admission pass to the next, instead of the preset's.
+        token_budget: most tokens in a step; 0 is the engine's limit.
+        parameters: overrides of the preset's ``parameters``.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range; it names the parameter.
+    """
+    preset = _find(PRESETS, "preset", name)
+    unknown = sorted(set(parameters) - set(preset.parameters))
+    if unknown:
+        known = ", ".join(preset.parameters) or "none"
+        msg = f"preset {name!r} has no parameter {unknown[0]!r}; it has: {known}"
+        raise ValueError(msg)
+    order_name = preset.order if order is None else order
+    return Policy(
+        order=_find(ORDERS, "order", order_name)(),
+        admit=preset.admit(np.random.default_rng(seed), **{**preset.parameters, **parameters}),
+        share=Continuous(token_budget),
+        victim=LatestArrived(),
+        period=preset.period if period is None else period,
+        per_pass=preset.per_pass,
+    )
+
+
+def _find(table: Mapping[str, _T], what: str, name: str) -> _T:
+    try:
+        return table[name]
+    except KeyError:
+        msg = f"{what} {name!r} is unknown; known are: {', '.join(table)}"
+        raise ValueError(msg) from None

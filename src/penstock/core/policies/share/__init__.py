@@ -1,0 +1,1 @@
+"""How many tokens does each admitted request get in this step?"""

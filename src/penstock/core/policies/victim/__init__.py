@@ -1,0 +1,1 @@
+"""Who gives memory back when the forecast was wrong?"""

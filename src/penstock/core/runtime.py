@@ -1,0 +1,91 @@
+"""The loop that every runtime turns: plan a step, run it, write down what happened."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from penstock.core.engine import Engine, Ticket, Work
+from penstock.core.scheduler import Scheduler
+from penstock.core.stats import Stats
+from penstock.core.types import Ended, FinishReason, Request, RequestId, Token
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step brought to the outside: valid tokens, then ends.
+
+    ``tokens`` holds only tokens to deliver: those of requests that had already
+    ended are left out.  A request's last token is in ``tokens`` of the same
+    output whose ``ended`` names it.  ``seconds`` is what the engine measured for the
+    step, ``planning`` what the scheduler took for the plans made meanwhile.
+    """
+
+    tokens: Mapping[RequestId, Token]
+    ended: tuple[Ended, ...]
+    seconds: float
+    planning: float
+
+
+class Runtime:
+    """Binds a scheduler, an engine and a clock.  Not thread-safe: one thread turns it.
+
+    Args:
+        clock: returns seconds; only differences matter.
+    """
+
+    def __init__(self, scheduler: Scheduler, engine: Engine, clock: Callable[[], float]) -> None:
+        self.scheduler = scheduler
+        self.engine = engine
+        self._clock = clock
+        self._flight: deque[Ticket] = deque()
+
+    def add(self, request: Request, work: Work) -> None:
+        """Take a request in.
+
+        Raises:
+            RequestError: it can never be served here (names the field).
+        """
+        if len(work.prompt) != request.prompt_tokens:
+            msg = (
+                f"request {request.id}: prompt_tokens is {request.prompt_tokens} "
+                f"but the prompt has {len(work.prompt)} tokens"
+            )
+            raise ValueError(msg)
+        self.scheduler.add(request, true_length=work.trace_length)
+        self.engine.open(request.id, work)
+
+    def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> bool:
+        """End a request from outside; False if it has already ended or never was."""
+        return self.scheduler.cancel(request_id, reason)
+
+    def step(self) -> StepOutput | None:
+        """Fill the pipeline, then collect the oldest step; None when there is nothing to do."""
+        planning = 0.0
+        while len(self._flight) < self.engine.capabilities.depth:
+            began = self._clock()
+            plan = self.scheduler.plan(began)
+            planning += self._clock() - began
+            if plan is None:
+                break
+            self._flight.append(self.engine.submit(plan))
+        if not self._flight:
+            ended = self._take_ended()
+            return StepOutput({}, ended, 0.0, planning) if ended else None
+        result = self.engine.collect(self._flight.popleft())
+        stale = self.scheduler.confirm(result)
+        tokens = result.tokens
+        if stale:
+            tokens = {key: value for key, value in tokens.items() if key not in stale}
+        return StepOutput(tokens, self._take_ended(), result.seconds, planning)
+
+    def stats(self) -> Stats:
+        """The scheduler's state in numbers."""
+        return self.scheduler.stats(self._clock())
+
+    def _take_ended(self) -> tuple[Ended, ...]:
+        ended = self.scheduler.take_ended()
+        for request_id in self.scheduler.take_forgotten():
+            self.engine.discard(request_id)
+        return ended

@@ -1,0 +1,289 @@
+"""The mechanism: keeps the books, asks the five questions, emits numbered plans.
+
+It decides nothing itself.  What it guarantees, whatever the policies answer: plans never
+exceed what the engine said it can do; every request ends exactly once; memory named by a
+plan in flight is not handed out again; and a request that fits the machine at all is
+served (when nothing runs, the head of the queue is admitted over any deferral).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from penstock.core.admission import Admission, Draft
+from penstock.core.books import Books, Confirmed
+from penstock.core.entry import Entry
+from penstock.core.lifecycle import State
+from penstock.core.memory import blocks_for
+from penstock.core.policies.base import Policy
+from penstock.core.stats import Stats
+from penstock.core.types import (
+    Capabilities,
+    Chunk,
+    Ended,
+    FinishReason,
+    PrefixKey,
+    Request,
+    RequestError,
+    RequestId,
+    StepPlan,
+    StepResult,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan that is not confirmed: its tick, and who reaches a cap in it."""
+
+    number: int
+    tick: int
+    capped: list[Entry]
+
+
+class Scheduler:
+    """Plans steps for one engine.
+
+    The clock is an argument of each call; the policies hold what randomness there is.
+
+    Args:
+        capabilities: what the engine can do.
+        policy: who answers the five questions.
+
+    Raises:
+        ValueError: not all requests of a full batch could decode in one step.
+    """
+
+    def __init__(self, capabilities: Capabilities, policy: Policy) -> None:
+        if capabilities.max_step_tokens < capabilities.max_batch:
+            msg = (
+                f"max_step_tokens is {capabilities.max_step_tokens}; it must be at least "
+                f"max_batch ({capabilities.max_batch}), or not all running requests can decode"
+            )
+            raise ValueError(msg)
+        self.capabilities = capabilities
+        self.policy = policy
+        self._books = Books(capabilities)
+        self._admission = Admission(self._books, policy)
+        self._flights: deque[_Flight] = deque()
+        self._arrivals = 0
+
+    def add(self, request: Request, true_length: int | None = None) -> None:
+        """Take a request in.
+
+        Args:
+            request: what may be known about it.
+            true_length: benchmarks only; handed to the admission policy, where all but the
+                oracle ignore it.
+
+        Raises:
+            RequestError: the id is in use, or the request can never fit.
+        """
+        books = self._books
+        if request.id in books.entries or request.id in books.leaving.ids:
+            msg = f"request id {request.id!r} is in use"
+            raise RequestError("id", msg)
+        self._check_fits(request)
+        if true_length is not None:
+            self.policy.admit.learn_true_length(request.id, true_length)
+        entry = Entry(request, self._arrivals, self.policy.order.key(request), request.arrival)
+        self._arrivals += 1
+        books.entries[request.id] = entry
+        books.queue.push(entry)
+        books.deadlines.arrived(entry)
+
+    def cancel(
+        self,
+        request_id: RequestId,
+        reason: FinishReason = FinishReason.CANCELLED,
+        detail: str = "",
+    ) -> bool:
+        """End a request from outside; False if no request of that id is there."""
+        entry = self._books.entries.get(request_id)
+        if entry is None:
+            return False
+        self._end(entry, reason, self._books.output_tokens(entry), detail)
+        return True
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Make the next plan, or None if there is nothing to do (yet)."""
+        books = self._books
+        for miss in books.deadlines.due(now):
+            # One request may miss two promises at once.
+            if miss.entry.state is not State.ENDED:
+                self._observe(books.missed(miss.entry, miss.detail))
+        split = self.policy.share.split(books.view(now), self.capabilities.max_step_tokens)
+        books.prefill_per_step = max(1, split.prefill)
+        draft = Draft(now, books.leaving.drops, split.prefill)
+        books.leaving.drops = []
+        decodes = split.decode and self._make_room(draft)
+        for entry in list(books.prefill.values()):
+            draft.chunk(entry)
+        for ended in self._admission.run(draft):
+            self._observe(ended)
+        return self._emit(draft, decodes=decodes)
+
+    def confirm(self, result: StepResult) -> frozenset[RequestId]:
+        """Write down what came of the oldest plan in flight.
+
+        Returns:
+            requests that had ended before this result; its tokens for them are void.
+
+        Raises:
+            ValueError: it is not the oldest plan's result.
+        """
+        if not self._flights or self._flights[0].number != result.number:
+            expected = self._flights[0].number if self._flights else None
+            msg = f"result of plan {result.number}; the oldest plan in flight is {expected}"
+            raise ValueError(msg)
+        flight = self._flights.popleft()
+        books = self._books
+        books.confirmed = Confirmed(flight.number, flight.tick)
+        stale = frozenset(books.leaving.lingering)
+        for request_id, detail in result.failed.items():
+            self.cancel(request_id, FinishReason.FAILED, detail)
+        for request_id, keys in result.stopped.items():
+            entry = books.entries.get(request_id)
+            if entry is not None:
+                self._end(entry, FinishReason.STOP, entry.base + flight.tick, keys=keys)
+        for entry in flight.capped:
+            if entry.state is State.DRAINING:
+                self._end(entry, FinishReason.LENGTH, entry.generated)
+        if books.leaving.lingering:
+            books.release_confirmed()
+        return stale
+
+    def take_ended(self) -> tuple[Ended, ...]:
+        """Requests that ended since the last call, in order."""
+        ended = tuple(self._books.leaving.ended)
+        self._books.leaving.ended.clear()
+        return ended
+
+    def take_forgotten(self) -> tuple[RequestId, ...]:
+        """Requests that ended without KV, which no plan will drop: an engine discards them."""
+        leaving = self._books.leaving
+        forgotten = tuple(leaving.forgotten)
+        leaving.forgotten.clear()
+        leaving.ids.difference_update(forgotten)
+        return forgotten
+
+    def stats(self, now: float) -> Stats:
+        """The present in numbers."""
+        books = self._books
+        return Stats(
+            waiting=len(books.queue),
+            waiting_tokens=books.queue.tokens,
+            running=books.running,
+            decoding=len(books.decode),
+            kv_blocks=books.ledger.capacity,
+            block_size=books.ledger.block_size,
+            kv_used=books.ledger.used,
+            kv_idle=books.ledger.idle,
+            plans=books.number,
+            evictions=books.evictions,
+            admissions=self._admission.admissions,
+            admission_rate=self._admission.wait.rate(now),
+        )
+
+    def explain(self, request_id: RequestId) -> str | None:
+        """Where a request stands and, if it waits, why; None if no such request is there."""
+        books = self._books
+        entry = books.entries.get(request_id)
+        if entry is None:
+            return None
+        if entry.state in {State.WAITING, State.EVICTED}:
+            head = books.queue.peek()
+            why = entry.why
+            if head is not None and head is not entry:
+                why = f"behind {head.request.id}" + (f" ({head.why})" if head.why else "")
+            return f"{entry.state}: {why or 'not considered yet'}"
+        done = books.output_tokens(entry)
+        if entry.state is State.PREFILL:
+            return f"{entry.state}: {entry.computed} of {entry.total} tokens computed"
+        return f"{entry.state}: {done} of at most {entry.request.cap} output tokens"
+
+    def check(self) -> None:
+        """Raise AssertionError if the books contradict themselves (when idle, and in tests)."""
+        self._books.check()
+
+    def _check_fits(self, request: Request) -> None:
+        longest = request.prompt_tokens + request.cap
+        capabilities = self.capabilities
+        what = f"prompt ({request.prompt_tokens} tokens) and max_tokens ({request.cap})"
+        msg = ""
+        if longest > capabilities.max_request_tokens:
+            limit = capabilities.max_request_tokens
+            msg = f"{what} are {longest} tokens together; at most {limit} are allowed"
+        # The last token's KV is never computed.
+        elif blocks_for(longest - 1, capabilities.block_size) > capabilities.kv_blocks:
+            room = capabilities.kv_tokens
+            msg = f"{what} need KV memory for {longest - 1} tokens; there is room for {room}"
+        if msg:
+            raise RequestError("max_tokens", msg)
+
+    def _make_room(self, draft: Draft) -> bool:
+        """Evict until one token more for each decoding request fits; False: sit this step out."""
+        books = self._books
+        while books.decode.growth() > books.ledger.free:
+            if books.running == 1 and self._flights:
+                # It fits alone: what it waits for is the memory of steps in flight.
+                return False
+            running = books.columns()
+            victim = running.ids[self.policy.victim.choose(running)]
+            draft.drops.append(books.evict(books.entries[victim], draft.now))
+        books.ledger.grow(books.decode.growth())
+        return len(books.decode) > 0
+
+    def _emit(self, draft: Draft, *, decodes: bool) -> StepPlan | None:
+        """Turn a draft into a plan, and advance the books by it."""
+        books = self._books
+        forget = books.ledger.take_forgotten()
+        if not (decodes or draft.chunks or draft.drops or forget):
+            return None
+        books.number += 1
+        decode: tuple[RequestId, ...] = ()
+        capped: list[Entry] = []
+        if decodes:
+            decode = books.decode.ids
+            capped = books.decode.tick()
+            for entry in capped:
+                books.decode.leave(entry)
+        chunks = tuple([self._finish_chunk(*chunk) for chunk in draft.chunks])
+        capped.extend(entry for entry in draft.sampling if books.sampled(entry))
+        for entry in capped:
+            books.drain(entry)
+        for drop in draft.drops:
+            if drop.final:
+                books.leaving.ids.discard(drop.id)
+        self._flights.append(_Flight(books.number, books.decode.ticks, capped))
+        return StepPlan(
+            books.number, tuple(draft.drops), forget, tuple(draft.starts), chunks, decode
+        )
+
+    def _finish_chunk(self, entry: Entry, start: int, tokens: int) -> Chunk:
+        """Name the blocks that a chunk fills, for others to share from the next plan on."""
+        books, request = self._books, entry.request
+        entry.last_plan = books.number
+        end = start + tokens
+        full = min(end // books.ledger.block_size, len(request.prefix))
+        publish: list[tuple[int, PrefixKey]] = []
+        for index in range(entry.published, full):
+            key = request.prefix[index]
+            if books.ledger.publish(entry.holding, key):
+                publish.append((index, key))
+        entry.published = max(entry.published, full)
+        return Chunk(request.id, start, tokens, end == entry.total, tuple(publish))
+
+    def _end(
+        self,
+        entry: Entry,
+        reason: FinishReason,
+        output_tokens: int,
+        detail: str = "",
+        keys: tuple[PrefixKey, ...] = (),
+    ) -> None:
+        self._observe(self._books.end(entry, reason, output_tokens, detail, keys))
+
+    def _observe(self, ended: Ended | None) -> None:
+        if ended is not None:
+            self.policy.admit.observe(ended)

@@ -1,0 +1,106 @@
+"""What a policy may look at: read-only, and without a single true output length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.core.types import Request, RequestId
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The requests that hold KV memory, one row each.
+
+    All arrays are int64, of one length, and not writeable.
+
+    Attributes:
+        ids: request ids by row.
+        seq: order of arrival; larger is later.
+        prompt: prompt tokens.
+        generated: output tokens it has (in plans so far).
+        cap: most output tokens it may produce.
+        shared: tokens of it in blocks that another request holds too.
+        lag: steps of prefill left after the current one; 0 while decoding.
+    """
+
+    ids: tuple[RequestId, ...]
+    seq: Ints
+    prompt: Ints
+    generated: Ints
+    cap: Ints
+    shared: Ints
+    lag: Ints
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> Ints:
+        """KV tokens each holds for itself once the current step has run."""
+        return self.prompt + self.generated - self.shared
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The request at the head of the order, asking for KV memory.
+
+    Attributes:
+        request: the request itself.
+        seq: order of arrival.
+        generated: output tokens it had before it was evicted, else 0.
+        evictions: how often it was evicted.
+        shared: tokens of it in blocks that another request holds already.
+        blocks: KV blocks that leave the free pile if it is admitted.
+        lag: steps of prefill after its first one.
+    """
+
+    request: Request
+    seq: int
+    generated: int
+    evictions: int
+    shared: int
+    blocks: int
+    lag: int
+
+    @property
+    def tokens(self) -> int:
+        """KV tokens it needs for itself before it yields its next token."""
+        return self.request.prompt_tokens + self.generated - self.shared
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state before a step.
+
+    Attributes:
+        now: seconds on the runtime's clock.
+        plan: number of the plan being made.
+        capacity, block_size: KV blocks there are, and tokens in each.
+        used: blocks that requests hold (shared ones once).
+        shared: blocks of ``used`` that two or more requests hold.
+        lingering: blocks of ``used`` that free themselves when steps in flight are confirmed.
+        waiting, running, decoding: numbers of requests.
+    """
+
+    now: float
+    plan: int
+    capacity: int
+    block_size: int
+    used: int
+    shared: int
+    lingering: int
+    waiting: int
+    running: int
+    decoding: int
+    _gather: Callable[[], Columns]
+
+    @property
+    def columns(self) -> Columns:
+        """The running requests; gathered on first use after a change."""
+        return self._gather()

@@ -1,0 +1,258 @@
+"""The protocol between whoever has requests, the scheduler, and an engine.
+
+Everything here is data.  A runtime hands :class:`Request` objects to the
+scheduler, the scheduler emits numbered :class:`StepPlan` objects, an engine
+runs them and answers with :class:`StepResult` objects.  Nothing in a plan or a
+result refers to a clock, a device or a token's text.
+
+Units: tokens are counts, times are seconds on the clock that the runtime
+injects, KV memory is counted in blocks of ``Capabilities.block_size`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+RequestId: TypeAlias = str
+PrefixKey: TypeAlias = bytes
+"""Content address of one full KV block: it names the block *and all before it*."""
+
+
+class FinishReason(StrEnum):
+    """How a request ended.  Each request ends exactly once, with one of these."""
+
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # its cap on output tokens
+    REJECTED = "rejected"  # never admitted: it cannot be served, or not in time
+    EXPIRED = "expired"  # a deadline passed and its policy said to give up
+    CANCELLED = "cancelled"  # the client left or asked to stop
+    FAILED = "failed"  # the engine lost it
+
+
+class OnMiss(StrEnum):
+    """What to do with a request whose SLO can no longer be met."""
+
+    KEEP = "keep"  # serve it as if nothing had happened
+    DEMOTE = "demote"  # serve it after everyone who can still be in time
+    EXPIRE = "expire"  # end it with FinishReason.EXPIRED
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    """A latency promise, in seconds.  ``None`` means "no promise on this".
+
+    ``ttft``: arrival to first token, queueing included.  ``tpot``: mean time
+    per output token after the first.  ``gap``: largest time between two
+    consecutive tokens (MTPOT in the Past-Future paper).  ``e2e``: arrival to
+    last token.
+
+    Raises:
+        ValueError: a bound is not a positive number.
+    """
+
+    ttft: float | None = None
+    tpot: float | None = None
+    gap: float | None = None
+    e2e: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft", "tpot", "gap", "e2e"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                msg = f"slo.{name} is {value!r}; it must be a positive number of seconds"
+                raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a scheduler may know about a request.  Its true output length is not here.
+
+    Attributes:
+        prompt_tokens: length of the prompt, at least 1.
+        cap: most output tokens it may produce (``max_tokens``), at least 1.
+        arrival: when it reached the system, on the runtime's clock.
+        priority: lower is served first; only the ``priority`` order reads it.
+        slo_class: name of its class, for reports.
+        prefix: keys of the prompt's full KV blocks, in order, for prefix reuse.
+
+    Raises:
+        ValueError: a count is out of range.
+    """
+
+    id: RequestId
+    prompt_tokens: int
+    cap: int
+    arrival: float
+    slo: SLO = field(default_factory=SLO)
+    slo_class: str = "default"
+    priority: int = 0
+    on_miss: OnMiss = OnMiss.KEEP
+    prefix: tuple[PrefixKey, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "cap"):
+            value = getattr(self, name)
+            if value < 1:
+                msg = f"request {self.id}: {name} is {value}; it must be at least 1"
+                raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do.  The scheduler respects every one of these.
+
+    Attributes:
+        kv_blocks: KV blocks there are.
+        block_size: tokens per KV block; 1 is token-granular (TokenAttention).
+        max_batch: most requests in one step.
+        max_step_tokens: most tokens computed in one step.
+        max_request_tokens: most prompt plus output tokens of one request.
+        depth: plans that may be in flight (1: synchronous, 2: overlapped).
+        prefix_cache: whether blocks can be shared between requests.
+    """
+
+    kv_blocks: int
+    block_size: int
+    max_batch: int
+    max_step_tokens: int
+    max_request_tokens: int
+    depth: int = 1
+    prefix_cache: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kv_blocks", "block_size", "max_batch", "max_step_tokens", "depth"):
+            value = getattr(self, name)
+            if value < 1:
+                msg = f"capabilities.{name} is {value}; it must be at least 1"
+                raise ValueError(msg)
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens there are."""
+        return self.kv_blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Give back all KV of a request before the step runs.
+
+    ``final`` is False for an eviction (the request will start again and
+    recompute).  ``publish`` names blocks of the request that stay behind as
+    prefix cache: pairs of (index of the block in the request, its key).
+    """
+
+    id: RequestId
+    final: bool
+    publish: tuple[tuple[int, PrefixKey], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A request enters (again) with no KV of its own.
+
+    ``cached`` are the keys of shared blocks that are its first blocks; its
+    first :class:`Chunk` begins behind them.  ``tokens`` is how many tokens
+    (prompt plus what it has generated) must have KV before it samples.
+    """
+
+    id: RequestId
+    tokens: int
+    cached: tuple[PrefixKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute the KV of tokens ``start .. start + tokens - 1`` of a request.
+
+    Token indices count the prompt and then the generated tokens.  With
+    ``samples`` the chunk reaches the last known token and yields the next one.
+    ``publish`` names blocks which are full once this step has run and may be
+    shared from the next plan on.
+    """
+
+    id: RequestId
+    start: int
+    tokens: int
+    samples: bool
+    publish: tuple[tuple[int, PrefixKey], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass.  An engine applies the fields in the order given here.
+
+    Attributes:
+        number: consecutive, from 1.
+        drops: KV given back.
+        forget: shared blocks nobody uses, taken out of the prefix cache.
+        starts: requests that enter; each has its first chunk in this plan or a later one.
+        chunks: prompt (or recompute) work of this step.
+        decode: requests that compute their newest token's KV and yield one
+            token each.  The very same tuple object as in the previous plan
+            when nothing changed, so an engine may compare by identity.
+    """
+
+    number: int
+    drops: tuple[Drop, ...]
+    forget: tuple[PrefixKey, ...]
+    starts: tuple[Start, ...]
+    chunks: tuple[Chunk, ...]
+    decode: tuple[RequestId, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed in this step."""
+        return len(self.decode) + sum(chunk.tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One output token and, where asked for, its log probability and the top alternatives."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a plan.
+
+    Attributes:
+        number: the plan's number.
+        seconds: measured (or modelled) duration of the step.
+        tokens: one per sampling chunk and decoding request.  An engine that
+            has no tokens (the simulator) leaves it empty.
+        stopped: requests that ended by themselves, with this step's token as their last.
+            The value holds the keys of all their full blocks, or nothing if
+            the engine does not share blocks.
+        failed: requests the engine had to give up, with the reason.
+    """
+
+    number: int
+    seconds: float
+    tokens: Mapping[RequestId, Token]
+    stopped: Mapping[RequestId, tuple[PrefixKey, ...]]
+    failed: Mapping[RequestId, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request's end: exactly one per request ever added."""
+
+    id: RequestId
+    reason: FinishReason
+    output_tokens: int
+    evictions: int
+    detail: str = ""
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it stands.  ``field`` names what is wrong."""
+
+    def __init__(self, field_name: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field_name
