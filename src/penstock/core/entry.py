@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,8 @@ from penstock.core.memory import Holding, blocks_for
 from penstock.core.policies.base import OrderKey
 from penstock.core.snapshot import Ints
 from penstock.core.types import Request, RequestId
+
+_FIRST_ROWS = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -70,28 +73,30 @@ class DecodeSet:
     def __init__(self, block_size: int) -> None:
         self.ticks = 0
         self._block_size = block_size
-        self._members: dict[RequestId, Entry] = {}
         self._crossing = [0] * block_size
-        self._capped: dict[int, list[Entry]] = {}
+        self._capped: dict[int, dict[Entry, None]] = {}
+        # One row per member, kept dense: whoever leaves is replaced by the last.
+        self._members: list[Entry] = []
+        self._row: dict[RequestId, int] = {}
+        self._columns = np.zeros((4, _FIRST_ROWS), dtype=np.int64)
         self._ids: tuple[RequestId, ...] | None = ()
-        self._columns: tuple[Ints, Ints, Ints, Ints] | None = None
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __contains__(self, request_id: RequestId) -> bool:
-        return request_id in self._members
+        return request_id in self._row
 
     @property
-    def entries(self) -> list[Entry]:
-        """The members, in the order in which they joined."""
-        return list(self._members.values())
+    def entries(self) -> Sequence[Entry]:
+        """The members, in the order of :attr:`ids`."""
+        return self._members
 
     @property
     def ids(self) -> tuple[RequestId, ...]:
         """The members' ids; the same object until someone joins or leaves."""
         if self._ids is None:
-            self._ids = tuple(self._members)
+            self._ids = tuple([entry.request.id for entry in self._members])
         return self._ids
 
     def generated(self, entry: Entry) -> int:
@@ -105,46 +110,42 @@ class DecodeSet:
     def tick(self) -> list[Entry]:
         """One token for everyone; returns those that reached their cap with it."""
         self.ticks += 1
-        capped = self._capped.pop(self.ticks, None)
-        if capped is None:
-            return []
-        # An entry may be stale: the request left and came back with another base.
-        return [
-            entry
-            for entry in capped
-            if entry.request.id in self._members and entry.base + self.ticks == entry.request.cap
-        ]
+        return list(self._capped.pop(self.ticks, ()))
 
     def join(self, entry: Entry) -> None:
         """Let a request in whose chunk has just sampled; ``entry.base`` is set."""
-        self._members[entry.request.id] = entry
+        request, row = entry.request, len(self._members)
+        if row == self._columns.shape[1]:
+            self._columns = np.concatenate((self._columns, np.zeros_like(self._columns)), axis=1)
+        self._columns[:, row] = entry.seq, request.prompt_tokens, entry.base, request.cap
+        self._row[request.id] = row
+        self._members.append(entry)
         self._crossing[self._residue(entry)] += 1
-        self._capped.setdefault(entry.request.cap - entry.base, []).append(entry)
-        self._ids = self._columns = None
+        self._capped.setdefault(request.cap - entry.base, {})[entry] = None
+        self._ids = None
 
     def leave(self, entry: Entry) -> None:
         """Let a request out and bring its own counts up to date."""
-        del self._members[entry.request.id]
+        row = self._row.pop(entry.request.id)
+        last = self._members.pop()
+        if last is not entry:
+            self._members[row] = last
+            self._row[last.request.id] = row
+            self._columns[:, row] = self._columns[:, len(self._members)]
         self._crossing[self._residue(entry)] -= 1
+        # Those that a tick has just returned have no bucket any more.
+        self._capped.get(entry.request.cap - entry.base, {}).pop(entry, None)
         entry.generated = entry.base + self.ticks
         entry.computed = entry.request.prompt_tokens + entry.generated - 1
         holding = entry.holding
         holding.private = blocks_for(entry.computed, self._block_size) - len(holding.keys)
-        self._ids = self._columns = None
+        self._ids = None
 
     def columns(self) -> tuple[Ints, Ints, Ints, Ints]:
-        """(seq, prompt, generated, cap) of the members."""
-        if self._columns is None:
-            rows = np.array(
-                [
-                    (e.seq, e.request.prompt_tokens, e.base, e.request.cap)
-                    for e in self._members.values()
-                ],
-                dtype=np.int64,
-            ).reshape(-1, 4)
-            self._columns = (rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3])
-        seq, prompt, base, cap = self._columns
-        return seq, prompt, base + self.ticks, cap
+        """(seq, prompt, generated, cap) of the members, in the order of :attr:`ids`."""
+        rows = self._columns[:, : len(self._members)].copy()
+        rows[2] += self.ticks
+        return rows[0], rows[1], rows[2], rows[3]
 
     def _residue(self, entry: Entry) -> int:
         return (entry.request.prompt_tokens + entry.base - 1) % self._block_size

@@ -15,7 +15,7 @@ With blocks of ``s`` tokens each term is rounded up by itself:
 ``b_i = Q_i s + R_i``, that is ``sum q_j + i (Q_i + 1) + #{j <= i : r_j >= s - R_i}``, so
 a sort and prefix sums still do.
 
-Cost: O(n log n + n s) to build, O(n) for each candidate.
+Cost, per scenario: O(n log n + n s) to build, O(n) for each candidate.
 """
 
 from __future__ import annotations
@@ -27,68 +27,70 @@ from penstock.core.snapshot import Ints
 
 def peak(tokens: Ints, steps: Ints, block_size: int = 1) -> int:
     """Peak blocks of requests that hold ``tokens`` and run for ``steps`` more steps."""
-    return Occupancy(tokens, steps, block_size).peak
+    return int(Occupancy(tokens, steps[np.newaxis], block_size).peaks[0])
 
 
 class Occupancy:
-    """Peak occupancy that grows candidate by candidate.
+    """Peak occupancy in several scenarios at once, growing candidate by candidate.
 
     Args:
         tokens: int64 [n], KV tokens held once the current step has run, at least 1.
-        steps: int64 [n], steps each goes on after the current one, at least 0.
+        steps: int64 [scenarios, n], steps each goes on after the current one, at least 0.
         block_size: tokens per block.
     """
 
-    __slots__ = ("_at_end", "_block_size", "_steps", "_tokens", "peak")
+    __slots__ = ("_at_end", "_block_size", "_steps", "_tokens")
 
     def __init__(self, tokens: Ints, steps: Ints, block_size: int) -> None:
-        order = np.argsort(-steps, kind="stable")
+        order = np.argsort(-steps, axis=1, kind="stable")
         self._tokens = tokens[order]
-        self._steps = steps[order]
+        self._steps = np.take_along_axis(steps, order, axis=1)
         self._block_size = block_size
         self._at_end = _at_ends(self._tokens, self._steps, block_size)
-        self.peak = int(self._at_end.max(initial=0))
 
-    def with_candidate(self, tokens: int, steps: int) -> int:
-        """The peak if one more request joined."""
-        before, own, rest = self._joined(tokens, steps)
-        return max(int(before.max(initial=0)), own, int(rest.max(initial=0)))
+    @property
+    def peaks(self) -> Ints:
+        """Int64 [scenarios], in blocks."""
+        peaks: Ints = self._at_end.max(axis=1, initial=0)
+        return peaks
 
-    def add(self, tokens: int, steps: int) -> None:
+    def with_candidate(self, tokens: int, steps: Ints) -> Ints:
+        """The peaks if one more request joined; ``steps`` is int64 [scenarios]."""
+        at_end, own = self._joined(tokens, steps)
+        peaks: Ints = np.maximum(at_end.max(axis=1, initial=0), own)
+        return peaks
+
+    def add(self, tokens: int, steps: Ints) -> None:
         """Let it join."""
-        before, own, rest = self._joined(tokens, steps)
-        at = len(before)
-        self._at_end = np.concatenate((before, [own], rest))
-        self._tokens = np.insert(self._tokens, at, tokens)
-        self._steps = np.insert(self._steps, at, steps)
-        self.peak = int(self._at_end.max())
+        at_end, own = self._joined(tokens, steps)
+        self._at_end = np.column_stack((at_end, own))
+        self._tokens = np.column_stack((self._tokens, np.full_like(own, tokens)))
+        self._steps = np.column_stack((self._steps, steps))
 
-    def _joined(self, tokens: int, steps: int) -> tuple[Ints, int, Ints]:
-        """Memory at the ends before the candidate's row, at its own end, and at those after."""
+    def _joined(self, tokens: int, steps: Ints) -> tuple[Ints, Ints]:
+        """Memory when each of the others is about to end, and when the candidate is."""
         size = self._block_size
-        # Rows that run at least as long as the candidate come first: they are there at its end.
-        at = int(np.searchsorted(-self._steps, -steps, side="right"))
-        own = _ceil_sum(self._tokens[:at] + steps, size) + -(-(tokens + steps) // size)
-        rest = self._at_end[at:] - (-(tokens + self._steps[at:]) // size)
-        return self._at_end[:at], own, rest
-
-
-def _ceil_sum(tokens: Ints, size: int) -> int:
-    return int(np.sum(-(-tokens // size)))
+        until = steps[:, np.newaxis]
+        outlives = self._steps >= until
+        there = np.where(outlives, -(-(self._tokens + until) // size), 0)
+        own = there.sum(axis=1) - (-(tokens + steps) // size)
+        more = np.where(outlives, 0, -(-(tokens + self._steps) // size))
+        return self._at_end + more, own
 
 
 def _at_ends(tokens: Ints, steps: Ints, size: int) -> Ints:
-    """M_i of the module's rule, for rows sorted by ``steps`` descending."""
-    count = len(tokens)
-    alive = np.arange(1, count + 1)
+    """M_i of the module's rule, for columns sorted by ``steps`` descending."""
+    scenarios, count = steps.shape
+    alive: Ints = np.arange(1, count + 1, dtype=np.int64)
     if size == 1:
-        return np.cumsum(tokens) + alive * steps
+        exact: Ints = np.cumsum(tokens, axis=1) + alive * steps
+        return exact
     quotient, residue = np.divmod(tokens - 1, size)
     rounds, rest = np.divmod(steps, size)
-    seen = np.zeros((count, size + 1), dtype=np.int64)
-    seen[np.arange(count), residue] = 1
-    # at_least[i, x]: rows up to i whose residue is x or more; column ``size`` is empty.
-    at_least = np.cumsum(seen, axis=0)[:, ::-1].cumsum(axis=1)[:, ::-1]
-    carried = at_least[np.arange(count), size - rest]
-    result: Ints = np.cumsum(quotient) + alive * (rounds + 1) + carried
+    seen = np.zeros((scenarios, count, size + 1), dtype=np.int32)
+    np.put_along_axis(seen, residue[..., np.newaxis], 1, axis=2)
+    # at_least[k, i, x]: columns up to i whose residue is x or more; x = size is always empty.
+    at_least = seen.cumsum(axis=1)[..., ::-1].cumsum(axis=2)[..., ::-1]
+    carried = np.take_along_axis(at_least, (size - rest)[..., np.newaxis], axis=2)[..., 0]
+    result: Ints = np.cumsum(quotient, axis=1) + alive * (rounds + 1) + carried
     return result

@@ -29,22 +29,22 @@ class Oracle:
 
     def judge(self, view: Snapshot) -> Judge:
         """Open a pass."""
-        columns, size = view.columns, view.block_size
+        columns = view.columns
         lengths = np.fromiter(
             map(self._length, columns.ids, columns.cap.tolist()), np.int64, len(columns)
         )
         steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag
-        future = Occupancy(columns.tokens, steps, size)
+        future = Occupancy(columns.tokens, steps[np.newaxis], view.block_size)
         fixed = view.shared + view.lingering
 
         def answer(candidate: Candidate) -> Answer:
             request = candidate.request
             length = self._length(request.id, request.cap)
-            step = max(0, length - candidate.generated - 1) + candidate.lag
-            worst = fixed + future.with_candidate(candidate.tokens, step)
+            steps = np.array([max(0, length - candidate.generated - 1) + candidate.lag])
+            worst = fixed + int(future.with_candidate(candidate.tokens, steps)[0])
             if worst > view.capacity:
                 return Defer(f"KV memory: true peak of {worst} blocks exceeds {view.capacity}")
-            future.add(candidate.tokens, step)
+            future.add(candidate.tokens, steps)
             return Admit()
 
         return answer

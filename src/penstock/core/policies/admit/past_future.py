@@ -25,7 +25,7 @@ import numpy as np
 from penstock.core.forecast.lengths import LengthHistory
 from penstock.core.forecast.occupancy import Occupancy
 from penstock.core.policies.base import Admit, Answer, Defer, Judge
-from penstock.core.snapshot import Candidate, Snapshot
+from penstock.core.snapshot import Candidate, Ints, Snapshot
 from penstock.core.types import Ended, FinishReason
 
 _MAX_SCENARIOS = 5  # MAXIMUM_LISTS in the artifact
@@ -69,33 +69,29 @@ class PastFuture:
         uniform = self.rng.random((scenarios, len(columns)))
         lengths = self.history.draw_running(uniform, columns.generated, columns.cap)
         steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag
-        futures = [Occupancy(columns.tokens, row, view.block_size) for row in steps]
+        future = Occupancy(columns.tokens, steps, view.block_size)
         fixed = view.shared + view.lingering
         limit = (1 - self.reserve) * view.capacity
 
         def answer(candidate: Candidate) -> Answer:
             drawn = self._draw(candidate, scenarios)
-            worst = fixed + max(
-                future.with_candidate(candidate.tokens, step)
-                for future, step in zip(futures, drawn, strict=True)
-            )
+            worst = fixed + int(future.with_candidate(candidate.tokens, drawn).max())
             if worst >= limit:
                 return Defer(
                     f"KV memory: forecast peak of {worst} blocks is not below "
                     f"{limit:.0f} ({1 - self.reserve:.0%} of {view.capacity})"
                 )
-            for future, step in zip(futures, drawn, strict=True):
-                future.add(candidate.tokens, step)
+            future.add(candidate.tokens, drawn)
             return Admit()
 
         return answer
 
-    def _draw(self, candidate: Candidate, scenarios: int) -> list[int]:
+    def _draw(self, candidate: Candidate, scenarios: int) -> Ints:
         """Steps after the current one, per scenario; unconditional, also after an eviction."""
-        cap, generated = candidate.request.cap, candidate.generated
-        lengths = self.history.draw_new(self.rng.random(scenarios), cap)
-        steps = np.maximum(0, np.maximum(lengths, generated) - generated - 1) + candidate.lag
-        return [int(step) for step in steps]
+        generated = candidate.generated
+        lengths = self.history.draw_new(self.rng.random(scenarios), candidate.request.cap)
+        steps: Ints = np.maximum(0, lengths - generated - 1) + candidate.lag
+        return steps
 
     def observe(self, ended: Ended) -> None:
         """Learn the length of a request that came to its own end."""
