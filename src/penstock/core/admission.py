@@ -50,6 +50,7 @@ class Admission:
         self._books = books
         self._policy = policy
         self._deferred: tuple[Entry, int] | None = None
+        self._deferred_at = 0
         self._next_pass = 0
         self.wait = WaitForecast()
         self.admissions = 0
@@ -82,6 +83,7 @@ class Admission:
             elif isinstance(answer, Defer) and not self._alone(candidate):
                 head.why = answer.reason
                 self._deferred = (head, books.releases)
+                self._deferred_at = books.decode.ticks
                 break
             else:
                 self._start(draft, head, candidate)
@@ -95,8 +97,10 @@ class Admission:
             return True
         if self._books.decode.ticks < self._next_pass:
             return False
-        known = self._deferred == (head, self._books.releases)
-        return not (known and self._policy.admit.monotone)
+        if self._deferred != (head, self._books.releases):
+            return True
+        holds = self._policy.admit.holds
+        return holds is not None and self._books.decode.ticks >= self._deferred_at + holds
 
     def _alone(self, candidate: Candidate) -> bool:
         """Nothing runs, so to defer a request that fits would be to starve it."""

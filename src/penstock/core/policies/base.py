@@ -47,12 +47,12 @@ class AdmitPolicy(Protocol):
     """May the head of the order take KV memory now?
 
     Attributes:
-        monotone: a deferred request stays deferred until memory is given
-            back, so there is no need to ask again before that.
+        holds: steps for which a deferral holds while no memory is given back, so that
+            there is no need to ask again; None: for as long as none is given back.
     """
 
     @property
-    def monotone(self) -> bool:
+    def holds(self) -> int | None:
         """See the class."""
         ...
 

@@ -27,7 +27,7 @@ class Aggressive:
 
     watermark: float = 0.99
 
-    monotone = True
+    holds = None
 
     def __post_init__(self) -> None:
         if not 0 < self.watermark <= 1:

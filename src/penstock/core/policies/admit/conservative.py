@@ -30,7 +30,7 @@ class Conservative:
 
     over_commit: float = 1.0
 
-    monotone = True
+    holds = None
 
     def __post_init__(self) -> None:
         if not self.over_commit > 0:

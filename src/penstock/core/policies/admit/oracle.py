@@ -25,7 +25,7 @@ class Oracle:
 
     _lengths: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
-    monotone = False
+    holds = 1
 
     def judge(self, view: Snapshot) -> Judge:
         """Open a pass."""

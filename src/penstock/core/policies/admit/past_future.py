@@ -10,7 +10,8 @@ Rule, once per pass: draw an output length for every running request, given what
 generated, in ``min(5, 200 // n + 1)`` joint scenarios (n running; one if none runs).
 For the head of the queue draw a length from the past; admit it if in every scenario the
 peak occupancy stays strictly below ``(1 - reserve) * capacity``, and go on with the next;
-the first refusal ends the pass.
+the first refusal ends the pass.  It holds for 10 decode steps unless memory is given back
+before: to draw anew in every step would admit by luck sooner or later.
 
 Limits: a forecast is no reservation, so evictions stay possible; it relies on lengths
 that change slowly; it knows nothing of deadlines.
@@ -54,7 +55,7 @@ class PastFuture:
     cold_start: int | None = None
     history: LengthHistory = field(init=False)
 
-    monotone = False
+    holds = 10  # LightLLM's max_wait_tokens
 
     def __post_init__(self) -> None:
         if not 0 <= self.reserve < 1:
