@@ -45,7 +45,7 @@ class Runtime:
         """Take a request in.
 
         Raises:
-            RequestError: it can never be served here (names the field).
+            RequestError: it can never be served here (names the field); nothing has changed.
         """
         if len(work.prompt) != request.prompt_tokens:
             msg = (
@@ -53,8 +53,9 @@ class Runtime:
                 f"but the prompt has {len(work.prompt)} tokens"
             )
             raise ValueError(msg)
-        self.scheduler.add(request, true_length=work.trace_length)
+        self.scheduler.validate(request)
         self.engine.open(request.id, work)
+        self.scheduler.add(request, true_length=work.trace_length)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> bool:
         """End a request from outside; False if it has already ended or never was."""

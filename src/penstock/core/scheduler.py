@@ -79,11 +79,8 @@ class Scheduler:
         Raises:
             RequestError: the id is in use, or the request can never fit.
         """
+        self.validate(request)
         books = self._books
-        if request.id in books.entries or request.id in books.leaving.ids:
-            msg = f"request id {request.id!r} is in use"
-            raise RequestError("id", msg)
-        self._check_fits(request)
         if true_length is not None:
             self.policy.admit.learn_true_length(request.id, true_length)
         entry = Entry(request, self._arrivals, self.policy.order.key(request), request.arrival)
@@ -91,6 +88,14 @@ class Scheduler:
         books.entries[request.id] = entry
         books.queue.push(entry)
         books.deadlines.arrived(entry)
+
+    def validate(self, request: Request) -> None:
+        """Raise RequestError if :meth:`add` would."""
+        books = self._books
+        if request.id in books.entries or request.id in books.leaving.ids:
+            msg = f"request id {request.id!r} is in use"
+            raise RequestError("id", msg)
+        self._check_fits(request)
 
     def cancel(
         self,
