@@ -53,11 +53,12 @@ class Leaving:
 class Books:
     """The scheduler's state, and the moves that keep it consistent."""
 
-    def __init__(self, capabilities: Capabilities) -> None:
+    def __init__(self, capabilities: Capabilities, *, enforce_caps: bool = True) -> None:
         self.capabilities = capabilities
+        self._enforce_caps = enforce_caps
         self.ledger = Ledger(capabilities.kv_blocks, capabilities.block_size)
         self.queue = WaitingQueue()
-        self.decode = DecodeSet(capabilities.block_size)
+        self.decode = DecodeSet(capabilities.block_size, enforce_caps=enforce_caps)
         self.prefill: dict[RequestId, Entry] = {}
         self.draining: dict[RequestId, Entry] = {}
         self.entries: dict[RequestId, Entry] = {}
@@ -101,7 +102,7 @@ class Books:
         entry.base = entry.generated - self.decode.ticks
         entry.sampled_in = self.number
         entry.sampled_as = entry.generated
-        if entry.generated >= entry.request.cap:
+        if self._enforce_caps and entry.generated >= entry.request.cap:
             return True
         entry.move(State.DECODE)
         self.decode.join(entry)

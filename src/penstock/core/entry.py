@@ -70,8 +70,9 @@ class DecodeSet:
     that reach their cap wait in a bucket under the tick at which they do.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, *, enforce_caps: bool = True) -> None:
         self.ticks = 0
+        self._enforce_caps = enforce_caps
         self._block_size = block_size
         self._crossing = [0] * block_size
         self._capped: dict[int, dict[Entry, None]] = {}
@@ -121,7 +122,8 @@ class DecodeSet:
         self._row[request.id] = row
         self._members.append(entry)
         self._crossing[self._residue(entry)] += 1
-        self._capped.setdefault(request.cap - entry.base, {})[entry] = None
+        if self._enforce_caps:
+            self._capped.setdefault(request.cap - entry.base, {})[entry] = None
         self._ids = None
 
     def leave(self, entry: Entry) -> None:

@@ -49,12 +49,16 @@ class Scheduler:
     Args:
         capabilities: what the engine can do.
         policy: who answers the five questions.
+        enforce_caps: end requests at their cap.  False is for studies in which policies are
+            told a cap that true lengths exceed.
 
     Raises:
         ValueError: not all requests of a full batch could decode in one step.
     """
 
-    def __init__(self, capabilities: Capabilities, policy: Policy) -> None:
+    def __init__(
+        self, capabilities: Capabilities, policy: Policy, *, enforce_caps: bool = True
+    ) -> None:
         if capabilities.max_step_tokens < capabilities.max_batch:
             msg = (
                 f"max_step_tokens is {capabilities.max_step_tokens}; it must be at least "
@@ -63,10 +67,22 @@ class Scheduler:
             raise ValueError(msg)
         self.capabilities = capabilities
         self.policy = policy
-        self._books = Books(capabilities)
+        self._books = Books(capabilities, enforce_caps=enforce_caps)
         self._admission = Admission(self._books, policy)
         self._flights: deque[_Flight] = deque()
+        self._enforce_caps = enforce_caps
         self._arrivals = 0
+        self._step_blocks = 0
+
+    @property
+    def step_blocks(self) -> int:
+        """KV blocks that requests hold while the last plan runs."""
+        return self._step_blocks
+
+    @property
+    def evictions(self) -> int:
+        """Evictions since the start."""
+        return self._books.evictions
 
     def add(self, request: Request, true_length: int | None = None) -> None:
         """Take a request in.
@@ -82,7 +98,8 @@ class Scheduler:
         self.validate(request)
         books = self._books
         if true_length is not None:
-            self.policy.admit.learn_true_length(request.id, true_length)
+            length = min(true_length, request.cap) if self._enforce_caps else true_length
+            self.policy.admit.learn_true_length(request.id, length)
         entry = Entry(request, self._arrivals, self.policy.order.key(request), request.arrival)
         self._arrivals += 1
         books.entries[request.id] = entry
@@ -246,6 +263,7 @@ class Scheduler:
         if not (decodes or draft.chunks or draft.drops or forget):
             return None
         books.number += 1
+        self._step_blocks = books.ledger.used
         decode: tuple[RequestId, ...] = ()
         capped: list[Entry] = []
         if decodes:

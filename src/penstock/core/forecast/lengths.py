@@ -45,19 +45,26 @@ class LengthHistory:
             msg = f"cold_start is {cold_start}; it must be at least 1 token"
             raise ValueError(msg)
         first = _BEYOND_ANY_CAP if cold_start is None else cold_start
-        self._lengths: deque[int] = deque([first] * (window // 2), maxlen=window)
-        self._sorted: Ints | None = None
+        self._window = window
+        self._lengths: deque[int] = deque([first] * (window // 2))
+        # Ascending, in the first len(_lengths) places.
+        self._sorted = np.full(window, first, dtype=np.int64)
 
     def observe(self, length: int) -> None:
         """Add an output length, forgetting the oldest if the window is full."""
+        count = len(self._lengths)
+        if count == self._window:
+            gone = int(np.searchsorted(self._sorted, self._lengths.popleft()))
+            self._sorted[gone:-1] = self._sorted[gone + 1 :]
+            count -= 1
+        place = int(np.searchsorted(self._sorted[:count], length))
+        self._sorted[place + 1 : count + 1] = self._sorted[place:count]
+        self._sorted[place] = length
         self._lengths.append(length)
-        self._sorted = None
 
     def sorted_lengths(self) -> Ints:
-        """The window in ascending order."""
-        if self._sorted is None:
-            self._sorted = np.sort(np.array(self._lengths, dtype=np.int64))
-        return self._sorted
+        """The window in ascending order, as it is until the next end."""
+        return self._sorted[: len(self._lengths)]
 
     def draw_new(self, uniform: NDArray[np.float64], cap: int) -> Ints:
         """Lengths for requests that have not run: a uniformly chosen past length, at most ``cap``.

@@ -90,7 +90,8 @@ def _at_ends(tokens: Ints, steps: Ints, size: int) -> Ints:
     seen = np.zeros((scenarios, count, size + 1), dtype=np.int32)
     np.put_along_axis(seen, residue[..., np.newaxis], 1, axis=2)
     # at_least[k, i, x]: columns up to i whose residue is x or more; x = size is always empty.
-    at_least = seen.cumsum(axis=1)[..., ::-1].cumsum(axis=2)[..., ::-1]
+    at_least = seen.cumsum(axis=1, dtype=np.int32)[..., ::-1]
+    at_least = at_least.cumsum(axis=2, dtype=np.int32)[..., ::-1]
     carried = np.take_along_axis(at_least, (size - rest)[..., np.newaxis], axis=2)[..., 0]
     result: Ints = np.cumsum(quotient, axis=1) + alive * (rounds + 1) + carried
     return result

@@ -50,7 +50,7 @@ class Oracle:
         return answer
 
     def _length(self, request_id: str, cap: int) -> int:
-        return min(self._lengths.get(request_id, cap), cap)
+        return self._lengths.get(request_id, cap)
 
     def observe(self, ended: Ended) -> None:
         """Forget a request that ended."""
