@@ -1,0 +1,1 @@
+"""The simulator: the production scheduler under a virtual clock."""
