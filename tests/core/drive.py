@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from penstock.core.engine import Work
+from penstock.core.engine import Ticket, Work
 from penstock.core.memory import prefix_keys
 from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
 from penstock.core.runtime import Runtime
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import (
+    SLO,
     Capabilities,
     Ended,
     OnMiss,
+    PrefixKey,
     Request,
     RequestId,
     StepPlan,
@@ -42,21 +44,46 @@ class Job:
     length: int
     arrival_step: int = 0
     cancel_step: int | None = None
+    fail_step: int | None = None
     priority: int = 0
     on_miss: OnMiss = OnMiss.KEEP
     ttft: float | None = None
+    gap: float | None = None
+    e2e: float | None = None
+
+    @property
+    def work(self) -> Work:
+        """What the engine knows about it."""
+        return Work(self.prompt, trace_length=self.length)
+
+    @property
+    def slo(self) -> SLO:
+        """What it was promised."""
+        return SLO(ttft=self.ttft, gap=self.gap, e2e=self.e2e)
 
 
 class Recorder(ScriptedEngine):
-    """A scripted engine that keeps every plan."""
+    """A scripted engine that keeps every plan, and gives up whom the test names in ``fail``."""
 
     def __init__(self, capabilities: Capabilities) -> None:
         super().__init__(capabilities)
         self.plans: list[StepPlan] = []
+        self.fail: set[RequestId] = set()
 
-    def submit(self, plan: StepPlan):  # type: ignore[no-untyped-def]
+    def submit(self, plan: StepPlan) -> Ticket:
         self.plans.append(plan)
         return super().submit(plan)
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        result = super().collect(ticket)
+        failed = dict.fromkeys(sorted(self.fail & result.tokens.keys()), "told to")
+        self.fail -= failed.keys()
+        return replace(
+            result,
+            tokens={key: value for key, value in result.tokens.items() if key not in failed},
+            stopped={key: value for key, value in result.stopped.items() if key not in failed},
+            failed=failed,
+        )
 
 
 @dataclass
@@ -81,8 +108,6 @@ def run(
     watch: Callable[[Runtime], None] | None = None,
 ) -> Outcome:
     """Run jobs to the end, checking the books after every step."""
-    from penstock.core.types import SLO
-
     engine = Recorder(capabilities)
     scheduler = Scheduler(capabilities, policy)
     clock = Clock()
@@ -92,24 +117,12 @@ def run(
     for step in range(max_steps):
         while pending and jobs[pending[0]].arrival_step <= step:
             index = pending.pop(0)
-            job = jobs[index]
-            keys = ()
-            if capabilities.prefix_cache:
-                keys = prefix_keys(job.prompt, capabilities.block_size)
-            request = Request(
-                str(index),
-                len(job.prompt),
-                job.cap,
-                clock.now,
-                slo=SLO(ttft=job.ttft),
-                priority=job.priority,
-                on_miss=job.on_miss,
-                prefix=keys,
-            )
-            runtime.add(request, Work(job.prompt, trace_length=job.length))
+            runtime.add(request(str(index), jobs[index], capabilities, clock.now), jobs[index].work)
         for index, job in enumerate(jobs):
             if job.cancel_step == step:
                 runtime.cancel(str(index))
+            if job.fail_step == step:
+                engine.fail.add(str(index))
         output = runtime.step()
         scheduler.check()
         stats = scheduler.stats(clock.now)
@@ -136,9 +149,26 @@ def run(
     return outcome
 
 
+def request(name: RequestId, job: Job, capabilities: Capabilities, arrival: float) -> Request:
+    """The job as the scheduler sees it."""
+    keys: tuple[PrefixKey, ...] = ()
+    if capabilities.prefix_cache:
+        keys = prefix_keys(job.prompt, capabilities.block_size)
+    return Request(
+        name,
+        len(job.prompt),
+        job.cap,
+        arrival,
+        slo=job.slo,
+        priority=job.priority,
+        on_miss=job.on_miss,
+        prefix=keys,
+    )
+
+
 def result(plan: StepPlan, *, stopped: Sequence[str] = ()) -> StepResult:
     """A hand-made result without tokens."""
-    return StepResult(plan.number, 0.0, {}, {name: () for name in stopped})
+    return StepResult(plan.number, 0.0, {}, dict.fromkeys(stopped, ()))
 
 
 def policy(name: str, **overrides: float | None) -> Policy:

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.policies import presets
-from penstock.core.types import Capabilities, FinishReason, OnMiss
-from tests.core.drive import Job, policy, run
+from penstock.core.scheduler import Scheduler
+from penstock.core.types import Capabilities, FinishReason, OnMiss, Request, StepPlan
+from tests.core.drive import Job, policy, result, run
 
 NAMES = sorted(presets.PRESETS)
 
@@ -31,7 +32,7 @@ def machines(draw: st.DrawFn) -> Capabilities:
 
 @st.composite
 def jobs(draw: st.DrawFn) -> list[Job]:
-    """Loads with common prefixes, cancellations, priorities and deadlines."""
+    """Loads with common prefixes, cancellations, failures, priorities and deadlines."""
     stem = tuple(draw(st.lists(st.integers(0, 255), min_size=12, max_size=12)))
     made = []
     for _ in range(draw(st.integers(1, 12))):
@@ -45,9 +46,12 @@ def jobs(draw: st.DrawFn) -> list[Job]:
                 length=draw(st.integers(1, 25)),
                 arrival_step=draw(st.integers(0, 30)),
                 cancel_step=draw(st.none() | st.integers(0, 60)),
+                fail_step=draw(st.none() | st.none() | st.integers(0, 40)),
                 priority=draw(st.integers(0, 2)),
                 on_miss=draw(st.sampled_from(OnMiss)),
                 ttft=draw(st.none() | st.floats(1e-3, 0.05)),
+                gap=draw(st.none() | st.floats(1e-3, 0.02)),
+                e2e=draw(st.none() | st.floats(1e-3, 0.2)),
             )
         )
     return made
@@ -68,8 +72,7 @@ def test_everything_that_always_holds(
     for index, job in enumerate(load):
         end = outcome.ended[str(index)]
         text = outcome.texts[str(index)]
-        work = _work(job)
-        expected = outcome.engine.expected_text(work, job.cap)
+        expected = outcome.engine.expected_text(job.work, job.cap)
         assert text == expected[: len(text)]
         assert end.output_tokens == len(text)
         if end.reason in {FinishReason.STOP, FinishReason.LENGTH}:
@@ -77,6 +80,8 @@ def test_everything_that_always_holds(
             assert (end.reason is FinishReason.STOP) == (job.length <= job.cap)
         elif end.reason is FinishReason.EXPIRED:
             assert job.on_miss is OnMiss.EXPIRE
+        elif end.reason is FinishReason.FAILED:
+            assert job.fail_step is not None
         else:
             assert end.reason is FinishReason.CANCELLED
             assert job.cancel_step is not None
@@ -103,10 +108,8 @@ def test_no_policy_but_the_oracle_sees_true_lengths(
     name: str, machine: Capabilities, load: list[Job], lengths: list[int]
 ) -> None:
     """What a policy is told about true lengths changes the oracle's plans only."""
-    from penstock.core.scheduler import Scheduler
-    from penstock.core.types import Request
 
-    def plans(told: list[int]) -> list[object]:
+    def plans(told: list[int]) -> list[StepPlan]:
         scheduler = Scheduler(machine, policy(name))
         for index, job in enumerate(load):
             request = Request(str(index), len(job.prompt), job.cap, 0.0)
@@ -117,8 +120,6 @@ def test_no_policy_but_the_oracle_sees_true_lengths(
             if plan is None:
                 break
             made.append(plan)
-            from tests.core.drive import result
-
             scheduler.confirm(result(plan))
         return made
 
@@ -126,9 +127,3 @@ def test_no_policy_but_the_oracle_sees_true_lengths(
         assert plans([job.length for job in load])
     else:
         assert plans([job.length for job in load]) == plans(lengths)
-
-
-def _work(job: Job):  # type: ignore[no-untyped-def]
-    from penstock.core.engine import Work
-
-    return Work(job.prompt, trace_length=job.length)

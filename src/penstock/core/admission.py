@@ -59,15 +59,22 @@ class Admission:
         """One pass; returns those the policy rejected."""
         books, rejected = self._books, list[Ended]()
         head = books.queue.peek()
-        if head is None or draft.prefill_left <= 0 or not self._due(head):
+        if head is None:
+            self.wait.emptied(draft.now)
             return rejected
-        self._next_pass = books.decode.ticks + self._policy.period
+        self.wait.waiting(head.waited_since)
+        if draft.prefill_left <= 0 or not self._due(head):
+            return rejected
+        self._next_pass = books.number + self._policy.period
         limit = self._policy.per_pass or len(books.queue)
         judge: Judge | None = None
         while head is not None and limit > 0 and draft.prefill_left > 0:
+            if books.slots >= books.capabilities.max_batch:
+                places = books.capabilities.max_batch
+                head.why = f"the batch is full: {books.slots} of {places} places taken"
+                break
             # One evicted from a plan in flight must have that plan's token first.
-            busy = books.slots >= books.capabilities.max_batch
-            if busy or head.last_plan > books.confirmed.number:
+            if head.last_plan > books.confirmed.number:
                 break
             candidate = self._candidate(draft, head)
             if candidate.blocks > books.ledger.free:
@@ -88,6 +95,9 @@ class Admission:
             else:
                 self._start(draft, head, candidate)
                 limit -= 1
+                if isinstance(answer, Defer):
+                    # This pass's judge does not count on whom it deferred.
+                    break
             head = books.queue.peek()
         return rejected
 
@@ -95,7 +105,7 @@ class Admission:
         """Whether asking can bring anything new."""
         if not self._books.running:
             return True
-        if self._books.decode.ticks < self._next_pass:
+        if self._books.number < self._next_pass:
             return False
         if self._deferred != (head, self._books.releases):
             return True

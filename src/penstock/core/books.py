@@ -189,6 +189,7 @@ class Books:
             used=self.ledger.used,
             shared=self.ledger.common,
             lingering=self._lingering_blocks(),
+            overlap=2 * (self.capabilities.depth - 1),
             waiting=len(self.queue),
             running=self.running,
             decoding=len(self.decode),

@@ -7,7 +7,8 @@ Rule: refuse when the waiting requests or their prompt tokens have reached a lim
 refuse a request that would be given up anyway (``on_miss: expire``) when its predicted
 wait exceeds its TTFT.  ``retry_after`` is the predicted wait, or the part of it that exceeds the
 TTFT.
-Limits: the prediction is as good as :mod:`penstock.core.forecast.wait`.
+Limits: the prediction is as good as :mod:`penstock.core.forecast.wait`; while that knows
+nothing, nobody is refused because of it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def gate(load: Load, request: Request, limits: Limits) -> Refusal | None:
         )
         return _refusal(reason, wait, wait, "max_waiting_tokens")
     ttft = request.slo.ttft
-    if request.on_miss is OnMiss.EXPIRE and ttft is not None and wait > ttft:
+    known = load.waiting == 0 or load.rate is not None
+    if request.on_miss is OnMiss.EXPIRE and ttft is not None and known and wait > ttft:
         reason = f"the predicted wait of {wait:.2f} s exceeds the TTFT promise of {ttft:g} s"
         return _refusal(reason, wait, wait - ttft, "slo.ttft")
     return None

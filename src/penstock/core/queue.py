@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from penstock.core.entry import Entry
 from penstock.core.policies.base import OrderKey
 
+_SPARE = 64
+
 
 class WaitingQueue:
     """A heap from which entries may also be taken out of turn.
 
-    Demoted entries come after all others.  Push, peek and pop are O(log n); removal is O(1)
-    (the place in the heap is emptied, and skipped later).
+    Demoted entries come after all others.  Push and peek are O(log n), removal is O(1), both
+    amortized (the place in the heap is emptied, and cleared away later).
     """
 
     def __init__(self) -> None:
@@ -49,3 +51,8 @@ class WaitingQueue:
         """Take an entry out, wherever it stands."""
         del self._live[entry.seq]
         self.tokens -= entry.total
+        # Behind a head that does not move, empty places would pile up for as long as it stands.
+        if len(self._heap) > 2 * len(self._live) + _SPARE:
+            pushes = {push for _, push in self._live.values()}
+            self._heap = [place for place in self._heap if place[3] in pushes]
+            heapq.heapify(self._heap)

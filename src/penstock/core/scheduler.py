@@ -9,7 +9,7 @@ served (when nothing runs, the head of the queue is admitted over any deferral).
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock.core.admission import Admission, Draft
 from penstock.core.books import Books, Confirmed
@@ -93,9 +93,12 @@ class Scheduler:
                 oracle ignore it.
 
         Raises:
-            RequestError: the id is in use, or the request can never fit.
+            RequestError: the id is in use, the request can never fit, or its prefix has
+                more keys than its prompt has full blocks.
         """
         self.validate(request)
+        if request.prefix and not self.capabilities.prefix_cache:
+            request = replace(request, prefix=())
         books = self._books
         if true_length is not None:
             length = min(true_length, request.cap) if self._enforce_caps else true_length
@@ -113,6 +116,11 @@ class Scheduler:
             msg = f"request id {request.id!r} is in use"
             raise RequestError("id", msg)
         self._check_fits(request)
+        size = self.capabilities.block_size
+        full = request.prompt_tokens // size
+        if len(request.prefix) > full:
+            msg = f"prefix has {len(request.prefix)} keys for {full} full blocks of {size} tokens"
+            raise RequestError("prefix", msg)
 
     def cancel(
         self,
@@ -149,7 +157,8 @@ class Scheduler:
         """Write down what came of the oldest plan in flight.
 
         Returns:
-            requests that had ended before this result; its tokens for them are void.
+            requests whose tokens in this result are void: they had ended before it, or
+            failed in it.
 
         Raises:
             ValueError: it is not the oldest plan's result.
@@ -160,10 +169,11 @@ class Scheduler:
             raise ValueError(msg)
         flight = self._flights.popleft()
         books = self._books
-        books.confirmed = Confirmed(flight.number, flight.tick)
-        stale = frozenset(books.leaving.lingering)
+        stale = frozenset(books.leaving.lingering) | result.failed.keys()
+        # Before this plan counts as confirmed: they have no token of it.
         for request_id, detail in result.failed.items():
             self.cancel(request_id, FinishReason.FAILED, detail)
+        books.confirmed = Confirmed(flight.number, flight.tick)
         for request_id, keys in result.stopped.items():
             entry = books.entries.get(request_id)
             if entry is not None:

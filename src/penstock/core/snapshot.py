@@ -85,6 +85,9 @@ class Snapshot:
         used: blocks that requests hold (shared ones once).
         shared: blocks of ``used`` that two or more requests hold.
         lingering: blocks of ``used`` that free themselves when steps in flight are confirmed.
+        overlap: steps for which a request's memory stays taken after its last one, where
+            plans overlap: until its end is known, then until the plans made meanwhile are
+            confirmed.
         waiting, running, decoding: numbers of requests.
     """
 
@@ -95,6 +98,7 @@ class Snapshot:
     used: int
     shared: int
     lingering: int
+    overlap: int
     waiting: int
     running: int
     decoding: int

@@ -100,6 +100,16 @@ class Request:
                 raise ValueError(msg)
 
 
+_COUNTS = (
+    "kv_blocks",
+    "block_size",
+    "max_batch",
+    "max_step_tokens",
+    "max_request_tokens",
+    "depth",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an engine can do.  The scheduler respects every one of these.
@@ -123,7 +133,7 @@ class Capabilities:
     prefix_cache: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("kv_blocks", "block_size", "max_batch", "max_step_tokens", "depth"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value < 1:
                 msg = f"capabilities.{name} is {value}; it must be at least 1"

@@ -33,14 +33,15 @@ class Oracle:
         lengths = np.fromiter(
             map(self._length, columns.ids, columns.cap.tolist()), np.int64, len(columns)
         )
-        steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag
+        steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag + view.overlap
         future = Occupancy(columns.tokens, steps[np.newaxis], view.block_size)
         fixed = view.shared + view.lingering
 
         def answer(candidate: Candidate) -> Answer:
             request = candidate.request
             length = self._length(request.id, request.cap)
-            steps = np.array([max(0, length - candidate.generated - 1) + candidate.lag])
+            left = max(0, length - candidate.generated - 1)
+            steps = np.array([left + candidate.lag + view.overlap])
             worst = fixed + int(future.with_candidate(candidate.tokens, steps)[0])
             if worst > view.capacity:
                 return Defer(f"KV memory: true peak of {worst} blocks exceeds {view.capacity}")

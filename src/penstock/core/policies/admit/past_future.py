@@ -69,13 +69,13 @@ class PastFuture:
         scenarios = scenario_count(len(columns))
         uniform = self.rng.random((scenarios, len(columns)))
         lengths = self.history.draw_running(uniform, columns.generated, columns.cap)
-        steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag
+        steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag + view.overlap
         future = Occupancy(columns.tokens, steps, view.block_size)
         fixed = view.shared + view.lingering
         limit = (1 - self.reserve) * view.capacity
 
         def answer(candidate: Candidate) -> Answer:
-            drawn = self._draw(candidate, scenarios)
+            drawn = self._draw(candidate, scenarios) + view.overlap
             worst = fixed + int(future.with_candidate(candidate.tokens, drawn).max())
             if worst >= limit:
                 return Defer(
