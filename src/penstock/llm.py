@@ -20,6 +20,7 @@ from penstock.core.runtime import Runtime, StepOutput
 from penstock.core.sampling import SamplingParams
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import SLO, Ended, FinishReason, OnMiss, Request, RequestId, Token
+from penstock.models import model_path
 from penstock.text import TextStream, load_tokenizer
 from penstock.text.chat import Message
 
@@ -131,7 +132,7 @@ class LLM:
         **engine_options: Any,
     ) -> None:
         policy = presets.build(preset) if isinstance(preset, str) else preset
-        folder = _model_folder(model)
+        folder = model_path(model)
         self.tokenizer = load_tokenizer(folder)
         if engine is None:
             engine = _native_engine(folder, engine_options)
@@ -351,18 +352,6 @@ def _native_engine(folder: Path, options: Mapping[str, Any]) -> Engine:
         msg = f"running a model needs the engine extra, pip install 'penstock[engine]': {error}"
         raise ImportError(msg) from error
     return NativeEngine.load(str(folder), **options)
-
-
-def _model_folder(model: str | Path) -> Path:
-    if model == "demo":
-        from penstock.models import demo_path
-
-        return demo_path()
-    folder = Path(model)
-    if not folder.is_dir():
-        msg = f"model {str(model)!r} is not a folder; give a model's folder, or 'demo'"
-        raise FileNotFoundError(msg)
-    return folder
 
 
 def _each(name: str, value: _T | Sequence[_T], count: int) -> Sequence[_T]:
