@@ -1,0 +1,326 @@
+"""The native engine: Hugging Face models on PyTorch behind the Engine interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from penstock.core.engine import Ticket, Work
+from penstock.core.memory import prefix_keys
+from penstock.core.types import (
+    Capabilities,
+    PrefixKey,
+    RequestError,
+    RequestId,
+    StepPlan,
+    StepResult,
+    Token,
+)
+from penstock.engine.endings import Endings
+from penstock.engine.errors import PlanError
+from penstock.engine.limits import plan_capabilities
+from penstock.engine.loading import LoadedModel, load_model
+from penstock.engine.rows import Ints, Rows, Tokens
+from penstock.engine.runner import Runner
+from penstock.engine.sampler import Sampler
+from penstock.engine.steps import Step, Steps
+
+
+@dataclass(slots=True)
+class _Opened:
+    """A request's payload; ``tokens`` are those it had when it last lost its row."""
+
+    work: Work
+    tokens: Tokens
+
+
+class NativeEngine:
+    """Runs plans on a Hugging Face model, one at a time; see :class:`penstock.core.engine.Engine`.
+
+    Args:
+        model: what to run.
+        capabilities: what it shall be able to do; the KV memory is taken at once.
+    """
+
+    def __init__(self, model: LoadedModel, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+        self._model = model
+        self._runner = Runner(model, capabilities.kv_blocks, capabilities.block_size)
+        self._rows = Rows(capabilities)
+        self._endings = Endings(capabilities.max_batch, model.vocab_size, model.eos_ids)
+        self._sampler = Sampler(model.device, model.vocab_size)
+        self._opened: dict[RequestId, _Opened] = {}
+        self._steps = Steps(self._rows, capabilities.block_size)
+        self._result: StepResult | None = None
+        self._last_plan = 0
+        # Prefix keys that the scheduler counts as cached, but whose blocks were never computed
+        # because their step failed; and the requests that were to begin with one of them.
+        self._lost: set[PrefixKey] = set()
+        self._broken: dict[RequestId, str] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        kv_tokens: int | None = None,
+        block_size: int = 16,
+        max_batch: int = 64,
+        max_step_tokens: int = 512,
+        max_request_tokens: int | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        prefix_cache: bool = True,
+        threads: int | None = None,
+    ) -> NativeEngine:
+        """Load a model and take KV memory for it.
+
+        Args:
+            model: a folder, a name on the Hugging Face hub, or ``demo``.
+            kv_tokens: KV memory in tokens; None: a share of what is free.
+            block_size: tokens per KV block.
+            max_batch: most requests in one step.
+            max_step_tokens: most tokens computed in one step.
+            max_request_tokens: most prompt plus output tokens of one; None: the model's limit.
+            dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            prefix_cache: whether requests may share the KV of equal beginnings.
+            threads: CPU threads of this process; None: PyTorch's choice.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: the model cannot be loaded, or not be run.
+            ValueError: a setting is out of range, or more than the model can do.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = load_model(model, dtype=dtype, device=device)
+        capabilities = plan_capabilities(
+            loaded,
+            kv_tokens=kv_tokens,
+            block_size=block_size,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            max_request_tokens=max_request_tokens,
+            prefix_cache=prefix_cache,
+        )
+        return cls(loaded, capabilities)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens at which the model ends by itself."""
+        return self._model.eos_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the model's logits; output tokens are below this."""
+        return self._model.vocab_size
+
+    @property
+    def model_type(self) -> str:
+        """The model's architecture, as Hugging Face names it."""
+        return self._model.config.model_type
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        return self._model.parameters
+
+    def open(self, request_id: RequestId, work: Work) -> None:
+        """Take in a request's payload.
+
+        Raises:
+            RequestError: the prompt is empty, or a token is not in the model's vocabulary.
+        """
+        if request_id in self._opened:
+            msg = f"request id {request_id!r} is in use"
+            raise RequestError("id", msg)
+        if work.trace_length is not None and work.trace_length < 1:
+            msg = f"trace_length is {work.trace_length}; it must be at least 1"
+            raise RequestError("trace_length", msg)
+        prompt = self._checked("prompt", work.prompt)
+        if not len(prompt):
+            msg = "the prompt is empty; it must have at least one token"
+            raise RequestError("prompt", msg)
+        self._checked("stop_token_ids", work.sampling.stop_token_ids)
+        self._sampler.open(request_id, work.prompt, work.sampling)
+        self._opened[request_id] = _Opened(work, prompt)
+
+    def discard(self, request_id: RequestId) -> None:
+        """Forget a payload that has no KV; nothing happens if it is forgotten already.
+
+        Raises:
+            PlanError: it has KV.
+        """
+        if request_id in self._rows:
+            msg = f"request {request_id} is discarded but has KV"
+            raise PlanError(msg)
+        if self._opened.pop(request_id, None) is not None:
+            self._sampler.close(request_id)
+
+    def submit(self, plan: StepPlan) -> Ticket:
+        """Run a step; it is done when this returns.
+
+        Raises:
+            PlanError: the plan breaks the protocol, or needs more KV blocks than there are.
+            RuntimeError: the model fails, whatever it is given.
+        """
+        if self._result is not None or plan.number != self._last_plan + 1:
+            msg = f"plan {plan.number} follows plan {self._last_plan}, which must be collected"
+            raise PlanError(msg)
+        began = time.perf_counter()
+        self._last_plan = plan.number
+        self._apply(plan)
+        tokens: dict[RequestId, Token] = {}
+        stopped: dict[RequestId, tuple[PrefixKey, ...]] = {}
+        failed = dict(self._broken)
+        if plan.tokens:
+            step = self._plan_step(plan)
+            if step is not None:
+                self._compute(step, tokens, stopped, failed)
+        seconds = time.perf_counter() - began
+        self._result = StepResult(plan.number, seconds, tokens, stopped, failed)
+        return Ticket(plan.number)
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        """The result of the step that was submitted last.
+
+        Raises:
+            PlanError: there is none of this number.
+        """
+        result = self._result
+        if result is None or result.number != ticket.number:
+            msg = f"there is no result of plan {ticket.number}"
+            raise PlanError(msg)
+        self._result = None
+        return result
+
+    def close(self) -> None:
+        """Give the KV memory back.  Idempotent."""
+        self._runner.close()
+        self._opened.clear()
+        self._result = None
+
+    def check(self) -> None:
+        """Raise AssertionError if block tables and reference counts contradict each other."""
+        self._rows.check()
+
+    def _checked(self, field: str, tokens: Sequence[int]) -> Tokens:
+        """Token ids as an array, if the model knows them all."""
+        array = np.asarray(tokens)
+        if not len(array):
+            return np.empty(0, dtype=np.int32)
+        limit = self._model.tokens_in
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            msg = f"{field} must be a sequence of whole numbers, not {array.dtype}"
+            raise RequestError(field, msg)
+        wrong = (array < 0) | (array >= limit)
+        if wrong.any():
+            place = int(wrong.argmax())
+            msg = (
+                f"{field}[{place}] is {array[place]}; token ids of this model are 0 to {limit - 1}"
+            )
+            raise RequestError(field, msg)
+        return array.astype(np.int32)
+
+    def _apply(self, plan: StepPlan) -> None:
+        """The bookkeeping of a plan: who leaves, what is forgotten, who enters."""
+        for drop in plan.drops:
+            row = self._rows.row(drop.id)
+            for index, key in drop.publish:
+                self._rows.publish(row, index, key)
+            tokens = self._rows.drop(drop.id)
+            self._broken.pop(drop.id, None)
+            if drop.final:
+                self.discard(drop.id)
+            else:
+                self._opened[drop.id].tokens = tokens
+        for key in plan.forget:
+            if key in self._lost:
+                self._lost.remove(key)
+            else:
+                self._rows.pool.forget(key)
+        if plan.drops:
+            self._rows.check_idle()
+        for start in plan.starts:
+            self._start(start.id, start.tokens, start.cached)
+
+    def _start(self, request_id: RequestId, tokens: int, cached: tuple[PrefixKey, ...]) -> None:
+        opened = self._opened.get(request_id)
+        if opened is None or len(opened.tokens) != tokens:
+            known = None if opened is None else len(opened.tokens)
+            msg = f"request {request_id} starts with {tokens} tokens; {known} are known"
+            raise PlanError(msg)
+        if not self._lost.isdisjoint(cached):
+            self._broken[request_id] = "a shared block it begins with was lost in a failed step"
+            cached = ()
+        self._rows.start(request_id, opened.tokens, cached)
+        self._endings.start(self._rows.row(request_id), opened.work)
+
+    def _plan_step(self, plan: StepPlan) -> Step | None:
+        chunks, decode = plan.chunks, plan.decode
+        if self._broken:
+            decode = tuple(name for name in decode if name not in self._broken)
+            chunks = tuple(chunk for chunk in chunks if chunk.id not in self._broken)
+            for chunk in plan.chunks:
+                if chunk.id in self._broken:
+                    self._lost.update(key for _, key in chunk.publish)
+        if not (chunks or decode):
+            return None
+        return self._steps.make(chunks, decode, undisturbed=not plan.drops)
+
+    def _compute(
+        self,
+        step: Step,
+        tokens: dict[RequestId, Token],
+        stopped: dict[RequestId, tuple[PrefixKey, ...]],
+        failed: dict[RequestId, str],
+    ) -> None:
+        """Run the model, then write down what it brought."""
+        rows = self._rows
+        computed = self._runner.run(self._steps, step)
+        rows.computed[step.segments.rows] = step.inputs.context
+        failed.update({step.ids[index]: why for index, why in computed.failed.items()})
+        for chunk in step.chunks:
+            if chunk.id in failed:
+                self._lost.update(key for _, key in chunk.publish)
+                continue
+            for index, key in chunk.publish:
+                rows.publish(rows.row(chunk.id), index, key)
+        sampled, where = step.sampled, step.where
+        if computed.failed:
+            sampled = tuple(name for name in sampled if name not in failed)
+            where = rows.of(sampled)
+        if not sampled:
+            return
+        drawn = self._sample(computed.logits, sampled, where, tokens, stopped)
+        if not computed.failed:
+            self._steps.sampled(step, drawn)
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        ids: tuple[RequestId, ...],
+        rows: Ints,
+        tokens: dict[RequestId, Token],
+        stopped: dict[RequestId, tuple[PrefixKey, ...]],
+    ) -> Ints:
+        with torch.inference_mode():
+            draw = self._sampler.draw(logits, ids)
+        drawn: Ints = draw.ids.cpu().numpy()
+        tokens.update(zip(ids, draw.tokens(), strict=True))
+        self._rows.append(rows, drawn)
+        ended = self._endings.ended(rows, drawn, self._rows.total[rows])
+        for index in np.flatnonzero(ended).tolist():
+            stopped[ids[index]] = self._keys(int(rows[index]))
+        return drawn
+
+    def _keys(self, row: int) -> tuple[PrefixKey, ...]:
+        """Prefix keys of all full blocks of a row."""
+        if not self.capabilities.prefix_cache:
+            return ()
+        known = self._rows.known(row)[: self._rows.computed[row]]
+        return prefix_keys(known.tolist(), self.capabilities.block_size)

@@ -1,0 +1,46 @@
+"""How much KV memory to take where nobody says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_SHARE = {"cpu": 0.4, "cuda": 0.85}
+"""Of the memory that is free once the weights are loaded; the rest is for activations."""
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def default_kv_tokens(device: torch.device, bytes_per_token: int, most: int) -> int:
+    """KV tokens that fit comfortably, but no more than could ever be used.
+
+    Args:
+        device: where they will be.
+        bytes_per_token: what each takes.
+        most: as many as full batches of longest requests take.
+    """
+    room = int(free_memory(device) * _SHARE[device.type])
+    return max(1, min(most, room // bytes_per_token))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU, of the machine or the container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit_file, usage_file in _CGROUP_FILES:
+        try:
+            limit, usage = Path(limit_file).read_text(), Path(usage_file).read_text()
+        except OSError:
+            continue
+        if limit.strip().isdigit():
+            free = min(free, max(0, int(limit) - int(usage)))
+    return free

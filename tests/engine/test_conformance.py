@@ -1,0 +1,47 @@
+"""The native engine keeps the contract of every engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.core.engine import Work
+from penstock.core.types import RequestId
+from penstock.engine import LoadedModel, NativeEngine, load_random
+from penstock.testing import ScriptedEngine
+from tests.conformance.engine_kit import check_engine
+from tests.engine.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_random(tiny_config("llama"), seed=3)
+
+
+def test_native_engine(model: LoadedModel) -> None:
+    check_engine(lambda capabilities: NativeEngine(model, capabilities))
+
+
+def test_scripted_engine() -> None:
+    check_engine(ScriptedEngine)
+
+
+class Forgetful(ScriptedEngine):
+    """Keeps what is to be forgotten."""
+
+    def _release(self, block: int) -> None:
+        if self._refs[block] > 1:
+            super()._release(block)
+
+
+class Late(ScriptedEngine):
+    """Stops one token after the trace length."""
+
+    def open(self, request_id: RequestId, work: Work) -> None:
+        super().open(request_id, work)
+        self._sequences[request_id].length += 1
+
+
+@pytest.mark.parametrize("broken", [Forgetful, Late])
+def test_kit_finds_faults(broken: type[ScriptedEngine]) -> None:
+    with pytest.raises(AssertionError):
+        check_engine(broken)

@@ -1,0 +1,103 @@
+"""Packed linear layers compute what the layers they replace compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from penstock.engine import kernels
+from penstock.engine.kernels import prepack
+from penstock.engine.kernels.linear import NativeLinear, OneDNNLinear
+
+
+def linear_and_exact(
+    rows: int,
+    width: int,
+    out: int,
+    bias: bool,
+    dtype: torch.dtype,
+) -> tuple[nn.Linear, Tensor, Tensor]:
+    linear = nn.Linear(width, out, bias=bias).to(dtype)
+    x = torch.randn(1, rows, width).to(dtype)
+    exact = nn.functional.linear(
+        x.double(), linear.weight.double(), linear.bias.double() if bias else None
+    )
+    return linear, x, exact
+
+
+shapes = st.tuples(st.integers(1, 70), st.integers(1, 100), st.integers(1, 100), st.booleans())
+
+
+@settings(max_examples=40)
+@given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_onednn_layout_is_linear(shape: tuple[int, int, int, bool], dtype: torch.dtype) -> None:
+    linear, x, exact = linear_and_exact(*shape, dtype)
+    with torch.inference_mode():
+        packed = OneDNNLinear(linear)(x)
+    assert packed.dtype == dtype
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(packed.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=60)
+@given(shape=shapes)
+def test_native_layout_is_linear(shape: tuple[int, int, int, bool]) -> None:
+    rows, half, out, bias = shape
+    native = kernels.compiled()
+    linear, x, exact = linear_and_exact(rows, 2 * half, out, bias, torch.bfloat16)
+    if native is None or not native.packs(linear.weight):
+        pytest.skip("this CPU has no instructions for bfloat16 matrices, or there is no compiler")
+    with torch.inference_mode():
+        packed = NativeLinear(linear, native)(x)
+    # Sums are float32: only the last rounding to bfloat16 is lost.
+    torch.testing.assert_close(packed.double(), exact, atol=1e-4, rtol=2**-8)
+
+
+def test_native_layout_refuses_other_dtypes() -> None:
+    native = kernels.compiled()
+    linear = nn.Linear(4, 4).to(torch.bfloat16)
+    if native is None or not native.packs(linear.weight):
+        pytest.skip("this CPU has no instructions for bfloat16 matrices, or there is no compiler")
+    with pytest.raises(TypeError, match=r"was given torch\.float32"):
+        NativeLinear(linear, native)(torch.randn(1, 4))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_prepacked_model_gives_the_same_logits(*, tied: bool) -> None:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 100, (1, 12))
+    with torch.inference_mode():
+        before = model(ids).logits
+        assert prepack(model) == 2 * 7 + 1
+        after = model(ids).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    # All weights but the embeddings (and the norms) have left the model.
+    assert {name.split(".")[-2] for name, _ in model.named_parameters()} == {
+        "embed_tokens",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+
+
+def test_subclasses_and_other_dtypes_are_left_alone() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(8, 8), nn.Linear(8, 8, dtype=torch.float64))
+    assert prepack(model) == 0
