@@ -1,0 +1,71 @@
+"""The command line.  Each command is imported when it is used, so that help is quick."""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App
+
+from penstock import __version__
+
+app = App(
+    name="penstock",
+    help="An LLM server whose scheduler meets latency SLOs.",
+    version=__version__,
+)
+app.command(
+    "penstock.server.command:serve",
+    name="serve",
+    help="Serve a model over an OpenAI-compatible HTTP API.",
+)
+app.command(
+    "penstock.server.command:show_config",
+    name="config",
+    help="Print the effective configuration as TOML.",
+)
+app.command(
+    "penstock.server.command:explain",
+    name="explain",
+    help="Say where an open request of a server stands and why it waits.",
+)
+app.command(
+    "penstock.bench.command:bench",
+    name="bench",
+    help="Drive an OpenAI-compatible endpoint and report goodput and attainment.",
+)
+app.command(
+    "penstock.bench.demo:demo",
+    name="demo",
+    help="Show what admission does to goodput, on this machine, with the included model.",
+)
+
+
+@app.command
+def presets() -> None:
+    """List the scheduling presets: their answers, their parameters, their source."""
+    from penstock.core.policies.presets import PRESETS
+
+    for preset in PRESETS.values():
+        settings = ", ".join(f"{key}={value}" for key, value in preset.parameters.items())
+        print(preset.name)
+        print(f"  {preset.source}")
+        print(
+            f"  order {preset.order} · admit {preset.admit_name} · share {preset.share}"
+            f" · victim {preset.victim}"
+        )
+        print(f"  parameters: {settings or 'none'}")
+
+
+@app.command
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Entry point of the ``penstock`` command."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

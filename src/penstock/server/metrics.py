@@ -1,0 +1,197 @@
+"""Prometheus metrics, named like vLLM's under ``penstock:`` so that dashboards carry over.
+
+The same numbers feed the live page.  A request is *met* when it ended well and
+kept every bound it asked for, *missed* when it ended otherwise or late, and
+*refused* when it was turned away; a client that leaves is none of these.
+Goodput is the growth of ``penstock:goodput_tokens_total``: output tokens of
+met requests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from penstock.core.types import FinishReason
+from penstock.server.choice import Choice, met, time_per_token
+from penstock.server.messages import Step
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
+         40, 80, 160)  # fmt: skip
+_TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1,
+         2.5, 5)  # fmt: skip
+_E2E = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+_STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_PLANNING = (0.00001, 0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
+_WINDOW = 10.0
+
+
+class Metrics:
+    """Counts everything that happens, in a registry of its own."""
+
+    def __init__(self, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+        self._evictions = 0
+        self._received = 0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._per_class: dict[str, dict[str, int]] = {}
+        self._declare_gauges()
+        self._declare_counters()
+        self._declare_histograms()
+
+    def _gauge(self, name: str, words: str) -> Gauge:
+        gauge = Gauge(f"penstock:{name}", words, ["model_name"], registry=self.registry)
+        return gauge.labels(self._model)
+
+    def _counter(self, name: str, words: str) -> Counter:
+        counter = Counter(f"penstock:{name}", words, ["model_name"], registry=self.registry)
+        return counter.labels(self._model)
+
+    def _labelled(self, name: str, words: str, *labels: str) -> Counter:
+        return Counter(f"penstock:{name}", words, ["model_name", *labels], registry=self.registry)
+
+    def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(
+            f"penstock:{name}", words, ["model_name"], registry=self.registry, buckets=buckets
+        )
+        return histogram.labels(self._model)
+
+    def _declare_gauges(self) -> None:
+        self.running = self._gauge("num_requests_running", "Requests that hold KV memory.")
+        self.waiting = self._gauge("num_requests_waiting", "Requests that wait for admission.")
+        self.kv_usage = self._gauge("kv_cache_usage_perc", "KV memory in use; 1 is all of it.")
+        self.engine_up = self._gauge("engine_up", "1 while the engine process is loaded.")
+
+    def _declare_counters(self) -> None:
+        self.preemptions = self._counter(
+            "num_preemptions", "Requests that lost their KV memory and recompute it."
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of served requests.")
+        self.generation_tokens = self._counter("generation_tokens", "Output tokens.")
+        self.restarts = self._counter(
+            "engine_restarts", "Times the engine process ended by itself."
+        )
+        self.finished = self._labelled(
+            "request_success", "Requests that ended well, by finish reason.", "finished_reason"
+        )
+        self.unserved = self._labelled(
+            "request_failure", "Requests that did not end well, by reason.", "reason"
+        )
+        self.refused = self._labelled(
+            "request_refused", "Requests turned away at the edge, by the limit they hit.", "limit"
+        )
+        self.outcomes = self._labelled(
+            "slo_requests", "Requests by class: met, missed or refused.", "slo_class", "outcome"
+        )
+        self.goodput = self._labelled(
+            "goodput_tokens", "Output tokens of requests that met their SLO.", "slo_class"
+        )
+
+    def _declare_histograms(self) -> None:
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token, queueing included.", _TTFT
+        )
+        self.gap = self._histogram(
+            "inter_token_latency_seconds", "Time between two tokens of a request.", _TPOT
+        )
+        self.tpot = self._histogram(
+            "time_per_output_token_seconds", "Mean time per token after the first.", _TPOT
+        )
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E)
+        self.step_seconds = self._histogram("step_seconds", "Duration of a step.", _STEP)
+        self.planning_seconds = self._histogram(
+            "planning_seconds", "What planning took, per step.", _PLANNING
+        )
+
+    # -- what happens ----------------------------------------------------------------------
+
+    def on_ready(self) -> None:
+        """An engine process is loaded; its own counts begin again."""
+        self._evictions = 0
+        self.engine_up.set(1)
+
+    def on_death(self) -> None:
+        """The engine process is gone, and all it held."""
+        self.engine_up.set(0)
+        self.restarts.inc()
+        for gauge in (self.running, self.waiting, self.kv_usage):
+            gauge.set(0)
+
+    def on_step(self, step: Step) -> None:
+        """Take over a step's books."""
+        gauges = step.gauges
+        self.running.set(gauges.running)
+        self.waiting.set(gauges.waiting)
+        self.kv_usage.set(gauges.kv_usage)
+        if gauges.evictions > self._evictions:
+            self.preemptions.inc(gauges.evictions - self._evictions)
+            self._evictions = gauges.evictions
+        if step.tokens:
+            self.generation_tokens.inc(len(step.tokens))
+        if step.seconds:
+            self.step_seconds.observe(step.seconds)
+            self.planning_seconds.observe(step.planning)
+
+    def on_token(self, choice: Choice, gap: float | None) -> None:
+        """A token came."""
+        if gap is None:
+            self.ttft.observe(choice.times.first - choice.times.arrival)
+            self.prompt_tokens.inc(choice.prompt_tokens)
+        else:
+            self.gap.observe(gap)
+
+    def on_end(self, choice: Choice) -> None:
+        """A request ended."""
+        slo_class = choice.promise.slo_class
+        if choice.finish_reason is None:
+            reason = str(choice.reason)
+            self.unserved.labels(self._model, reason).inc()
+            if choice.reason is not FinishReason.CANCELLED:
+                refused = choice.reason is FinishReason.REJECTED
+                self._outcome(slo_class, "refused" if refused else "missed", 0)
+            return
+        self.finished.labels(self._model, choice.finish_reason).inc()
+        self.e2e.observe(choice.times.end - choice.times.arrival)
+        if choice.tokens > 1:
+            self.tpot.observe(time_per_token(choice))
+        if met(choice):
+            self._outcome(slo_class, "met", choice.tokens)
+            self.goodput.labels(self._model, slo_class).inc(choice.tokens)
+            self._recent.append((choice.times.end, choice.tokens))
+        else:
+            self._outcome(slo_class, "missed", choice.tokens)
+
+    def on_refusal(self, slo_class: str, limit: str, choices: int) -> None:
+        """The edge turned a request of that many choices away."""
+        self.refused.labels(self._model, limit).inc(choices)
+        for _ in range(choices):
+            self._outcome(slo_class, "refused", 0)
+
+    def _outcome(self, slo_class: str, outcome: str, tokens: int) -> None:
+        self.outcomes.labels(self._model, slo_class, outcome).inc()
+        row = self._per_class.setdefault(
+            slo_class, {"met": 0, "missed": 0, "refused": 0, "goodput_tokens": 0}
+        )
+        row[outcome] += 1
+        if outcome == "met":
+            row["goodput_tokens"] += tokens
+
+    # -- what people read ------------------------------------------------------------------
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def classes(self) -> Mapping[str, Mapping[str, int]]:
+        """Outcomes and goodput tokens by class since the start."""
+        return self._per_class
+
+    def goodput_rate(self, now: float) -> float:
+        """Output tokens per second of met requests that ended in the last ten seconds."""
+        while self._recent and self._recent[0][0] < now - _WINDOW:
+            self._recent.popleft()
+        return sum(tokens for _, tokens in self._recent) / _WINDOW

@@ -1,0 +1,215 @@
+"""From a configuration to a running server, and from SIGTERM to a clean exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+import uvicorn
+import uvloop
+
+from penstock.config import Config, ConfigError
+from penstock.core.gate import Limits
+from penstock.core.policies import presets
+from penstock.server.app import build_app
+from penstock.server.client import EngineClient
+from penstock.server.errors import unavailable
+from penstock.server.factories import EngineSpec
+from penstock.server.limits import limited_protocol
+from penstock.server.messages import Event, Ready
+from penstock.server.metrics import Metrics
+from penstock.server.service import Service
+from penstock.server.supervisor import EngineStartError, Supervisor
+from penstock.text.tokenizer import TextTokenizer
+
+# Longer than clients keep idle connections, so that it is they who close them: a request that
+# meets a connection which the server is closing fails for no good reason.
+_KEEP_ALIVE = 30
+_LAST_WORDS = 1.0  # for errors to reach their clients
+
+
+def serve_until_stopped(
+    config: Config, path: Path, text: TextTokenizer, sock: socket.socket
+) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status.
+
+    Args:
+        path: the model's folder.
+        text: its tokenizer.
+        sock: a bound socket, see :func:`bind`.
+    """
+    configure_logs()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Server(config, path, text, sock).run())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything expensive is loaded.
+
+    Raises:
+        ConfigError: the address is in use, or is none of this machine's.
+    """
+    sock = None
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        msg = f"--host {host} --port {port}: cannot listen there: {error.strerror or error}"
+        if error.errno == errno.EADDRINUSE:
+            msg = f"--port {port} is in use on {host}; choose another port, or 0 for a free one"
+        raise ConfigError(msg) from None
+    return sock
+
+
+def configure_logs() -> None:
+    """JSON lines on standard error."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are handled by the server around this one, which drains first."""
+        yield
+
+
+class _Server:
+    def __init__(
+        self, config: Config, path: Path, text: TextTokenizer, sock: socket.socket
+    ) -> None:
+        self._config = config
+        self._sock = sock
+        self._log = structlog.get_logger("penstock")
+        given = Path(config.engine.model)
+        model = given.resolve().name if given.is_dir() else config.engine.model
+        self._metrics = Metrics(model)
+        limits = Limits(config.admission.max_waiting, config.admission.max_waiting_tokens)
+        self._client = EngineClient(limits, self._metrics)
+        spec = EngineSpec.of(config, path, text.vocab_size)
+        self._supervisor = Supervisor(spec, self)
+        self._client.attach(self._supervisor)
+        preset = presets.PRESETS[config.scheduler.preset]
+        self._service = Service(
+            config,
+            model,
+            text,
+            self._client,
+            self._metrics,
+            started=time.time(),
+            priorities=(config.scheduler.order or preset.order) == "priority",
+        )
+        settings = uvicorn.Config(
+            build_app(self._service),
+            http=limited_protocol(config.http.max_header_bytes),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=1,
+        )
+        self._http = _Uvicorn(settings)
+        self._asked_to_stop = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        self._sock.setblocking(False)
+        http = asyncio.create_task(self._http.serve(sockets=[self._sock]))
+        engine = asyncio.create_task(self._supervisor.run())
+        asked = asyncio.create_task(self._asked_to_stop.wait())
+        status = 0
+        try:
+            await asyncio.wait({http, engine, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if engine.done():
+                status = self._report_engine_failure(engine)
+            else:
+                await self._drain()
+        finally:
+            self._http.should_exit = True
+            await asyncio.gather(http, return_exceptions=True)
+            engine.cancel()
+            await asyncio.gather(engine, return_exceptions=True)
+            asked.cancel()
+        return status
+
+    def _on_signal(self) -> None:
+        if self._service.draining:
+            self._log.warning("second_signal", effect="open requests are ended now")
+            self._end_all()
+        self._service.draining = True
+        self._asked_to_stop.set()
+
+    async def _drain(self) -> None:
+        grace = self._config.http.drain_seconds
+        self._log.info("draining", open=self._client.open_requests, grace_s=grace)
+        await self._idle_within(grace)
+        self._end_all()
+        await self._idle_within(_LAST_WORDS)
+
+    async def _idle_within(self, seconds: float) -> None:
+        if self._service.replies:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._service.idle.wait(), seconds)
+
+    def _end_all(self) -> None:
+        error = unavailable("the server is shutting down", "shutting_down")
+        self._client.fail_all(error)
+
+    def _report_engine_failure(self, engine: asyncio.Task[None]) -> int:
+        error = engine.exception()
+        if isinstance(error, EngineStartError):
+            sys.stderr.write(f"penstock: {error}\n")
+        else:
+            self._log.error("supervisor_failed", exc_info=error)
+        return 1
+
+    # -- what the supervisor says ----------------------------------------------------------
+
+    def on_ready(self, ready: Ready) -> None:
+        """An engine process is loaded."""
+        first = self._client.ready is None
+        self._client.on_ready(ready)
+        self._metrics.on_ready()
+        if first:
+            host, port = self._sock.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            sys.stdout.write(
+                f"penstock: serving {self._service.model} at http://{shown}:{port}"
+                f" (preset {self._config.scheduler.preset}, {ready.kv_tokens} KV tokens)\n"
+            )
+            sys.stdout.flush()
+
+    def on_event(self, event: Event) -> None:
+        """The engine process said something."""
+        self._client.on_event(event)
+
+    def on_death(self, status: int) -> None:
+        """The engine process ended by itself."""
+        self._client.on_death(status)
+        self._metrics.on_death()

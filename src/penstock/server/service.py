@@ -1,0 +1,271 @@
+"""One completion request from its body to an open :class:`~penstock.server.reply.Reply`."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from penstock import __version__
+from penstock.config import Config
+from penstock.core.engine import Work
+from penstock.core.types import Request
+from penstock.server.choice import Choice, Mailbox, Times, met
+from penstock.server.client import EngineClient
+from penstock.server.errors import ApiError, invalid, too_busy, unavailable
+from penstock.server.metrics import Metrics
+from penstock.server.prompts import chat_prompt, completion_prompts
+from penstock.server.reply import Reply
+from penstock.server.requests import (
+    MAX_CHOICES,
+    ChatBody,
+    CommonBody,
+    CompletionBody,
+    parse,
+)
+from penstock.server.shapes import ChatShape, CompletionShape, Shape
+from penstock.server.slo import Promise, resolve
+from penstock.text.stream import TextStream
+from penstock.text.tokenizer import TextTokenizer
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(slots=True)
+class Service:
+    """What the routes share.
+
+    Attributes:
+        model: id of the one model that is served.
+        replies: open responses by response id and by ``x-request-id``.
+        idle: set when the last reply has ended.
+        draining: set on the way out; new requests get 503.
+    """
+
+    config: Config
+    model: str
+    text: TextTokenizer
+    client: EngineClient
+    metrics: Metrics
+    started: float
+    priorities: bool
+    replies: dict[str, Reply] = field(default_factory=dict)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    draining: bool = False
+    log: Any = field(default_factory=lambda: structlog.get_logger("penstock.http"))
+
+    @property
+    def fingerprint(self) -> str:
+        """What ``system_fingerprint`` says: outputs may differ when it does."""
+        return f"penstock-{__version__}-{self.config.engine.dtype}"
+
+    async def chat(self, raw: bytes, headers: Mapping[str, str]) -> Reply:
+        """``POST /v1/chat/completions``.
+
+        Raises:
+            ApiError: the request was refused.
+        """
+        arrival = time.monotonic()
+        body = parse(ChatBody, raw)
+        self._check(body)
+        prompts = await chat_prompt(self.text, body)
+        return self._open(body, prompts, headers, arrival, ChatShape, "chatcmpl")
+
+    async def complete(self, raw: bytes, headers: Mapping[str, str]) -> Reply:
+        """``POST /v1/completions``.
+
+        Raises:
+            ApiError: the request was refused.
+        """
+        arrival = time.monotonic()
+        body = parse(CompletionBody, raw)
+        self._check(body)
+        prompts = await completion_prompts(self.text, body)
+        return self._open(body, prompts, headers, arrival, CompletionShape, "cmpl")
+
+    def _check(self, body: CommonBody) -> None:
+        if body.model != self.model:
+            msg = f"model {body.model!r} does not exist; this server has {self.model!r}"
+            raise ApiError(404, msg, code="model_not_found", param="model")
+        if body.trace_output_tokens is not None and not self.config.bench.trace_lengths:
+            msg = "trace_output_tokens is only accepted by a server started with --trace-lengths"
+            raise invalid("trace_output_tokens", msg, "unsupported_parameter")
+        if body.priority and not self.priorities:
+            msg = f"priority is {body.priority}, but this server's order ignores priorities"
+            raise invalid("priority", msg, "unsupported_parameter")
+
+    def _open(
+        self,
+        body: CommonBody,
+        prompts: Sequence[list[int]],
+        headers: Mapping[str, str],
+        arrival: float,
+        make_shape: type[ChatShape | CompletionShape],
+        prefix: str,
+    ) -> Reply:
+        if len(prompts) * body.n > MAX_CHOICES:
+            msg = f"{len(prompts)} prompts with n={body.n} ask for too many choices; at most"
+            raise invalid("n", f"{msg} {MAX_CHOICES}")
+        slo = body.slo.model_dump(by_alias=True, exclude_none=True) if body.slo else None
+        promise = resolve(headers, slo, self.config.slo)
+        response_id = f"{prefix}-{uuid.uuid4().hex}"
+        parts = self._parts(body, prompts, promise, response_id, arrival)
+        self._gate([request for request, _ in parts], promise)
+        mailbox = Mailbox()
+        choices = [
+            self._submit(body, request, work, index, index // body.n, promise, mailbox)
+            for index, (request, work) in enumerate(parts)
+        ]
+        options = body.stream_options
+        include_usage = options is not None and options.include_usage
+        shape: Shape = make_shape(
+            response_id,
+            int(time.time()),
+            self.model,
+            self.fingerprint,
+            self._token_text,
+            with_usage=include_usage,
+        )
+        request_id = request_id_of(headers)
+        reply = Reply(
+            self.client,
+            choices,
+            mailbox,
+            shape,
+            {"x-request-id": request_id},
+            lambda reply, status: self._on_end(reply, status, request_id, response_id),
+            stream=body.stream,
+            include_usage=include_usage,
+        )
+        self.replies[response_id] = self.replies[request_id] = reply
+        self.idle.clear()
+        return reply
+
+    def _parts(
+        self,
+        body: CommonBody,
+        prompts: Sequence[list[int]],
+        promise: Promise,
+        response_id: str,
+        arrival: float,
+    ) -> list[tuple[Request, Work]]:
+        parts = []
+        for index in range(len(prompts) * body.n):
+            prompt = prompts[index // body.n]
+            request = Request(
+                id=f"{response_id}-{index}",
+                prompt_tokens=len(prompt),
+                cap=self._cap(len(prompt), body.cap),
+                arrival=arrival,
+                slo=promise.slo,
+                slo_class=promise.slo_class,
+                priority=body.priority,
+                on_miss=promise.on_miss,
+            )
+            sampling = body.sampling(self.text.vocab_size, index % body.n)
+            parts.append((request, Work(prompt, sampling, body.trace_output_tokens)))
+        return parts
+
+    def _cap(self, prompt_tokens: int, asked: int | None) -> int:
+        ready = self.client.ready
+        if ready is None:
+            raise unavailable("the model is still being loaded", "engine_not_ready")
+        limit = min(ready.max_request_tokens, ready.kv_tokens)
+        room = limit - prompt_tokens
+        if room >= max(1, asked or 1):
+            return asked or room
+        param = "max_tokens" if room >= 1 else "prompt"
+        output = f" and max_tokens {asked}" if asked else ""
+        msg = (
+            f"this model's maximum context length is {limit} tokens, but the prompt has "
+            f"{prompt_tokens} tokens{output}; {param} must be smaller"
+        )
+        raise invalid(param, msg, "context_length_exceeded")
+
+    def _gate(self, requests: Sequence[Request], promise: Promise) -> None:
+        refusal = self.client.refuse(requests)
+        if refusal is None:
+            return
+        self.metrics.on_refusal(promise.slo_class, refusal.limit, len(requests))
+        raise too_busy(
+            refusal.reason,
+            "queue_full" if refusal.limit.startswith("max_") else "slo_unreachable",
+            refusal.predicted_wait,
+            retry_after=refusal.retry_after,
+            limit=refusal.limit,
+        )
+
+    def _submit(
+        self,
+        body: CommonBody,
+        request: Request,
+        work: Work,
+        index: int,
+        prompt_index: int,
+        promise: Promise,
+        mailbox: Mailbox,
+    ) -> Choice:
+        silent = {*body.stop_token_ids, *(() if body.ignore_eos else self.text.eos_ids)}
+        # A plain completion continues its prompt's text; a chat's answer stands alone.
+        context = work.prompt if isinstance(body, CompletionBody) else ()
+        choice = Choice(
+            id=request.id,
+            index=index,
+            prompt_index=prompt_index,
+            prompt_tokens=request.prompt_tokens,
+            promise=promise,
+            times=Times(request.arrival),
+            text=TextStream(self.text, stop=body.stop, prompt=context),
+            mailbox=mailbox,
+            silent=silent,
+        )
+        self.client.submit(choice, request, work)
+        return choice
+
+    def _token_text(self, token: int) -> str:
+        return self.text.decode([token], skip_special_tokens=False)
+
+    def _on_end(self, reply: Reply, status: int, request_id: str, response_id: str) -> None:
+        for key in (request_id, response_id):
+            if self.replies.get(key) is reply:
+                del self.replies[key]
+        if not self.replies:
+            self.idle.set()
+        first = reply.choices[0]
+        times = first.times
+        usage = reply.usage
+        self.log.info(
+            "request_end",
+            request_id=request_id,
+            id=response_id,
+            status=status,
+            slo_class=first.promise.slo_class,
+            prompt_tokens=usage["prompt_tokens"],
+            output_tokens=usage["completion_tokens"],
+            ended=[str(choice.reason) for choice in reply.choices],
+            slo_met=all(met(choice) for choice in reply.choices),
+            evictions=sum(choice.evictions for choice in reply.choices),
+            ttft_s=round(times.first - times.arrival, 6) if first.tokens else None,
+            e2e_s=round(times.end - times.arrival, 6),
+        )
+
+
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """The client's ``x-request-id``, or a new one.
+
+    Raises:
+        ApiError: 400, it is not an id.
+    """
+    given = headers.get("x-request-id")
+    if given is None:
+        return uuid.uuid4().hex
+    if _REQUEST_ID.fullmatch(given) is None:
+        msg = f"x-request-id is {given[:140]!r}; it must be 1 to 128 of A-Z a-z 0-9 . _ : -"
+        raise invalid("x-request-id", msg)
+    return given

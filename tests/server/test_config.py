@@ -1,0 +1,157 @@
+"""The configuration tree: precedence, messages, and the commands that show it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock.config import Config, ConfigError, fields, load, to_toml
+from penstock.core.types import OnMiss
+from penstock.server.command import serve
+from tests.server.harness import penstock
+
+
+def test_names_are_unique_and_documented() -> None:
+    names = [name for _, name, _ in fields()]
+    assert len(set(names)) == len(names)
+    assert all(info.description for _, _, info in fields())
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "penstock.toml"
+    file.write_text("[http]\nport = 1\nhost = '0.0.0.0'\n[engine]\nmax_batch = 3\n")
+    environ = {"PENSTOCK_PORT": "2", "PENSTOCK_MAX_WAITING": "9", "PATH": "x"}
+    config = load(file, environ, {"port": 3, "host": None})
+    assert config.http.port == 3
+    assert config.http.host == "0.0.0.0"  # noqa: S104 - nothing listens there
+    assert config.engine.max_batch == 3
+    assert config.admission.max_waiting == 9
+    both = load(environ={"PENSTOCK_PARAMETERS": "reserve=0.05,window=40"})
+    assert both.scheduler.parameters == {"reserve": 0.05, "window": 40}
+
+
+def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
+    config = load(
+        flags={
+            "parameters": {"a": 1, "b": 0.5},
+            "port": 17,
+            "prefix_cache": False,
+            "host": 'a"b\\c\n',
+            "drain_seconds": 0.25,
+        },
+        slo_classes=["inter active=ttft:0.5,on_miss:expire", "batch=e2e:60"],
+    )
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load(file) == config
+
+
+def test_keys_are_not_printed() -> None:
+    config = load(environ={"PENSTOCK_API_KEYS": "secret,other"})
+    assert config.http.api_keys == ("secret", "other")
+    assert "secret" not in to_toml(config)
+
+
+def test_slo_classes() -> None:
+    config = load(slo_classes=["interactive=ttft:0.5,tpot:0.03,on_miss:expire"])
+    chosen = config.slo["interactive"]
+    assert (chosen.ttft, chosen.tpot, chosen.on_miss) == (0.5, 0.03, OnMiss.EXPIRE)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "a=", "=ttft:1", "a=ttft", "a=x:1", "a=ttft:1,ttft:2", "a=ttft:1,"]
+)
+def test_bad_slo_class_is_shown_with_the_form(text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(slo_classes=[text])
+    assert repr(text) in str(error.value)
+    assert "on_miss:keep|demote|expire" in str(error.value)
+
+
+def test_messages_name_source_value_and_rule(tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text("[engine]\nblock_size = 0\n")
+    cases = [
+        ({"path": file}, [str(file), "block_size", "0", "greater than or equal to 1"]),
+        ({"environ": {"PENSTOCK_PORT": "x"}}, ["PENSTOCK_PORT", "'x'", "integer"]),
+        ({"flags": {"max_batch": -4}}, ["--max-batch", "-4", "greater than or equal to 1"]),
+        ({"environ": {"PENSTOCK_PROT": "1"}}, ["PENSTOCK_PROT", "not a setting"]),
+        ({"slo_classes": ["a=ttft:-1"]}, ["--slo-class a=ttft:-1", "'-1'", "greater than 0"]),
+    ]
+    for arguments, parts in cases:
+        with pytest.raises(ConfigError) as error:
+            load(**arguments)  # type: ignore[arg-type]
+        for part in parts:
+            assert part in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[nope]\n", "x = 1\n", "[engine\n", "[engine]\ntypo = 1\n"])
+def test_bad_files_are_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"p\.toml"):
+        load(file)
+
+
+def test_commands() -> None:
+    import penstock as package
+
+    assert penstock("version").stdout.strip() == package.__version__
+    listed = penstock("presets").stdout
+    for name in ("past-future", "vllm", "tgi", "oracle"):
+        assert name in listed
+    shown = penstock("config", "--port", "1234", "--slo-class", "a=ttft:1")
+    assert "port = 1234" in shown.stdout
+    assert "[slo.a]" in shown.stdout
+    words = penstock("serve", "--help").stdout
+    for _, name, _ in fields():
+        assert "--" + name.replace("_", "-") in words
+
+
+def test_bad_settings_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases: list[tuple[dict[str, object], str]] = [
+            ({"port": port}, f"--port {port} is in use"),
+            ({"port": 70000}, "--port: 70000"),
+            ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
+            ({"preset": "best"}, "known are"),
+            ({"parameters": {"watermark": 0.5}}, "no parameter 'watermark'"),
+            ({"preset": "vllm", "parameters": {"watermark": 7}}, "watermark"),
+            ({"max_batch": 100, "max_step_tokens": 50}, "--max-step-tokens 50"),
+            ({"model": "absent-model"}, "absent-model"),
+            ({"config": Path("absent.toml")}, "absent.toml"),
+        ]
+        for settings, part in cases:
+            assert serve(**settings) == 2, settings  # type: ignore[arg-type]
+            assert part in capsys.readouterr().err, settings
+
+
+def test_bad_flag_on_the_command_line() -> None:
+    result = penstock("serve", "--port", "x")
+    assert result.returncode != 0
+    assert "--port" in result.stderr + result.stdout
+
+
+def test_engine_that_cannot_start_ends_the_server() -> None:
+    result = penstock("serve", "--engine", "scripted", "--port", "0", "--kv-tokens", "4")
+    assert result.returncode == 1
+    assert "the engine cannot start: capabilities.kv_blocks is 0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_is_quick_to_import() -> None:
+    code = "import sys, penstock.cli; print({'torch', 'pydantic'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_defaults_are_valid() -> None:
+    assert load() == Config()
