@@ -1,0 +1,1 @@
+"""Workloads, a load generator for OpenAI endpoints, goodput, reports.  Never imports torch."""

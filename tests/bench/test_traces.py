@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from penstock.bench.traces import TraceError, load
+
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9951690,396,109
+2023-11-16 18:15:51.2224670,879,55
+"""
+BURST = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
+5,ChatGPT,472,18,490,Conversation log
+45,ChatGPT,1087,230,1317,Conversation log
+118,GPT-4,417,0,417,Conversation log
+"""
+MOONCAKE = [
+    {"timestamp": 0, "input_length": 1000, "output_length": 52, "hash_ids": [0, 1]},
+    {"timestamp": 0, "input_length": 700, "output_length": 26, "hash_ids": [0, 2]},
+    {"timestamp": 3000, "input_length": 100, "output_length": 9, "hash_ids": [3]},
+]
+O1 = [
+    {"prompt_tokens": 40, "completion_tokens": 1822, "total_tokens": 1862, "reasoning_tokens": 9},
+    {"prompt_tokens": 24, "completion_tokens": 976, "total_tokens": 1000, "reasoning_tokens": 8},
+]
+PLAIN = "arrival_s,prompt_tokens,output_tokens\n10.5,3,4\n11,5,6\n"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+def test_azure(tmp_path: Path) -> None:
+    made = load(write(tmp_path, "azure.csv", AZURE))
+    assert made.prompt.tolist() == [374, 396, 879]
+    assert made.output.tolist() == [44, 109, 55]
+    assert made.arrival == pytest.approx([0, 4.314579, 4.541877])
+    assert "Azure" in made.source
+
+
+def test_azure_with_a_time_zone(tmp_path: Path) -> None:
+    text = AZURE.replace(",374", "+00:00,374").replace(",396", "+00:00,396")
+    made = load(write(tmp_path, "azure.csv", text.replace(",879", "+00:00,879")))
+    assert made.arrival == pytest.approx([0, 4.314579, 4.541877])
+
+
+def test_burstgpt_leaves_failed_requests_out_and_says_so(tmp_path: Path) -> None:
+    made = load(write(tmp_path, "burst.csv.gz", BURST))
+    assert made.prompt.tolist() == [472, 1087]
+    assert made.arrival.tolist() == [0, 40]
+    assert made.notes == ("1 failed requests of the trace (0 tokens) left out",)
+
+
+def test_mooncake_spreads_coarse_stamps_and_keeps_prefixes(tmp_path: Path) -> None:
+    made = load(write(tmp_path, "m.jsonl.gz", "\n".join(map(json.dumps, MOONCAKE)) + "\n"))
+    assert made.arrival.tolist() == [0, 1.5, 3]
+    assert made.hash_ids == ((0, 1), (0, 2), (3,))
+    assert made.hash_block == 512
+    assert "spread evenly" in made.notes[0]
+
+
+def test_sharegpt_o1(tmp_path: Path) -> None:
+    made = load(write(tmp_path, "o1.json", json.dumps(O1)))
+    assert (made.prompt.tolist(), made.output.tolist()) == ([40, 24], [1822, 976])
+    assert made.arrival is None
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.csv.gz"])
+def test_plain(tmp_path: Path, name: str) -> None:
+    made = load(write(tmp_path, name, PLAIN))
+    assert (made.prompt.tolist(), made.output.tolist()) == ([3, 5], [4, 6])
+    assert made.arrival.tolist() == [0, 0.5]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pl.DataFrame({"prompt_tokens": [3, 5], "output_tokens": [4, 6]}).write_parquet(path)
+    made = load(path)
+    assert (made.prompt.tolist(), made.output.tolist()) == ([3, 5], [4, 6])
+
+
+def test_rows_out_of_order_are_sorted_and_it_is_said(tmp_path: Path) -> None:
+    made = load(write(tmp_path, "p.csv", "arrival_s,prompt_tokens,output_tokens\n9,1,2\n7,3,4\n"))
+    assert made.prompt.tolist() == [3, 1]
+    assert made.arrival.tolist() == [0, 2]
+    assert made.notes == ("rows sorted by time",)
+
+
+def bad(text: str, old: str, new: str) -> str:
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", bad(AZURE, "396", "many"), "line 3, column 'ContextTokens' is 'many'"),
+        ("a.csv", bad(AZURE, "109", "-1"), "line 3, column 'GeneratedTokens' is '-1'"),
+        ("a.csv", bad(AZURE, "109", "1.5"), "line 3, column 'GeneratedTokens' is '1.5'"),
+        ("a.csv", bad(AZURE, "109", ""), "line 3, column 'GeneratedTokens' is None"),
+        ("a.csv", bad(AZURE, "109", "0"), "line 3, column 'GeneratedTokens' is 0"),
+        ("a.csv", bad(AZURE, "2023-11-16 18:15:50", "noon"), "line 3, column 'TIMESTAMP' is"),
+        ("p.csv", bad(PLAIN, "11,", "nan,"), "line 3, column 'arrival_s' is 'nan'"),
+        ("p.csv", "a,b\n1,2\n", "has the columns a, b; known formats are Azure"),
+        ("p.csv", "prompt_tokens,output_tokens\n", "has no rows"),
+        ("b.csv", bad(bad(BURST, ",18,", ",0,"), ",230,", ",0,"), "only failed requests"),
+        ("m.jsonl", "{}\nnonsense\n", "line 2 is not JSON"),
+        ("m.json", "[1]", "row 1 is 1; it must be a JSON object"),
+        ("m.json", json.dumps([O1[0], {"prompt_tokens": 3}]), "column 'completion_tokens' is None"),
+        (
+            "m.json",
+            '[{"prompt_tokens": "4", "completion_tokens": 3}]',
+            "column 'prompt_tokens' is '4'",
+        ),
+        (
+            "m.jsonl",
+            json.dumps({**MOONCAKE[0], "hash_ids": [1, "x"]}),
+            r"line 1, column 'hash_ids' is \[1, 'x'\]",
+        ),
+    ],
+)
+def test_a_bad_file_is_refused_by_file_line_and_column(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    with pytest.raises(TraceError, match=f"{name}: .*{message}"):
+        load(write(tmp_path, name, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "prompt", "output"),
+    [("azure2023_conv.csv.gz", 19366, 1155, 211), ("sharegpt_o1_lengths.csv.gz", 1981, 381, 2160)],
+)
+def test_real_traces(name: str, rows: int, prompt: float, output: float) -> None:
+    path = Path(__file__).parents[3] / "shared" / "traces" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    made = load(path)
+    assert len(made) == rows
+    assert made.prompt.mean() == pytest.approx(prompt, rel=0.01)
+    assert made.output.mean() == pytest.approx(output, rel=0.01)
+    assert made.arrival is None or (np.diff(made.arrival) >= 0).all()
