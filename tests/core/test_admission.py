@@ -89,6 +89,20 @@ def test_a_deferral_ends_when_memory_is_given_back() -> None:
     assert starts(hand, 1) == [["c"]]
 
 
+def test_an_eviction_gives_memory_back_as_well() -> None:
+    """By priority, the evicted one does not even come first."""
+    admit = Asked({"urgent": Defer("not yet")}, holds=None)
+    made = replace(asked(admit), order=presets.build("vllm", order="priority").order)
+    hand = Hand(replace(TIGHT, kv_blocks=14), made)
+    hand.add("a", 5, 7)
+    hand.add("b", 5, 7)
+    hand.step()
+    hand.add("urgent", 1, 7, priority=-1)
+    while hand.scheduler.stats(0.0).evictions == 0:
+        plan = hand.step()
+    assert [number for number, name in admit.log if name == "urgent"] == [2, plan.number]
+
+
 def test_a_deferral_holds_for_as_many_decode_steps_as_its_policy_says() -> None:
     admit = Asked({"b": Defer("not yet")}, holds=4)
     hand = Hand(capabilities(), asked(admit))

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from penstock.core.memory import Holding, Ledger, blocks_for, prefix_keys
 from penstock.core.types import PrefixKey
 
-CHAINS = [[bytes([chain, depth]) for depth in range(4)] for chain in range(3)]
+CHAINS = [[bytes([chain, depth]) for depth in range(3)] for chain in range(2)]
 
 
 class NaiveLedger(RuleBasedStateMachine):
@@ -37,7 +37,7 @@ class NaiveLedger(RuleBasedStateMachine):
         while self.capacity - self.free() + len(self.idle) > self.capacity:
             self.forgotten.append(self.idle.pop(0))
 
-    @rule(chain=st.sampled_from(CHAINS), private=st.integers(0, 6), limit=st.integers(0, 4))
+    @rule(chain=st.sampled_from(CHAINS), private=st.integers(0, 4), limit=st.integers(0, 3))
     def take(self, chain: list[PrefixKey], private: int, limit: int) -> None:
         held = self.held()
         known = [key in held or key in self.idle for key in chain[:limit]]
@@ -66,7 +66,7 @@ class NaiveLedger(RuleBasedStateMachine):
         self.private[holding] += blocks
         self.reclaim()
 
-    @rule(data=st.data(), chain=st.sampled_from(CHAINS), depth=st.integers(0, 3))
+    @rule(data=st.data(), chain=st.sampled_from(CHAINS), depth=st.integers(0, 2))
     def publish(self, data: st.DataObject, chain: list[PrefixKey], depth: int) -> None:
         able = [holding for holding, private in self.private.items() if private]
         if not able:
@@ -117,6 +117,32 @@ NaiveLedger.TestCase.settings = settings(max_examples=60, stateful_step_count=40
 TestLedger = NaiveLedger.TestCase
 
 
+def test_who_shares_with_whom_is_counted_while_holders_come_and_go() -> None:
+    ledger = Ledger(10, 1)
+    first, second, third = Holding(), Holding(), Holding()
+    chain = CHAINS[0]
+    ledger.take(first, 3)
+    for key in chain:
+        assert ledger.publish(first, key)
+
+    def counts() -> list[int]:
+        return [ledger.common, first.sole, second.sole, third.sole]
+
+    assert counts() == [0, 3, 0, 0]
+    ledger.take(second, 1, chain[:2])
+    assert counts() == [2, 1, 0, 0]
+    ledger.take(third, 1, chain[:1])
+    assert counts() == [2, 1, 0, 0]
+    assert (ledger.used, first.common, second.common, third.common) == (5, 2, 2, 1)
+    ledger.give_back(first)
+    assert counts() == [1, 0, 1, 0]
+    assert ledger.idle == 1
+    ledger.give_back(third)
+    assert counts() == [0, 0, 2, 0]
+    ledger.give_back(second)
+    assert (ledger.used, ledger.idle, ledger.common) == (0, 3, 0)
+
+
 def test_too_much_is_refused_loudly() -> None:
     ledger = Ledger(4, 1)
     with pytest.raises(MemoryError, match="KV memory exceeded by 1 of 4 blocks"):
@@ -139,7 +165,7 @@ def test_idle_blocks_are_given_up_least_recently_used_and_leaves_first() -> None
     first, second = CHAINS[:2]
     assert ledger.take_forgotten() == (first[2], first[1], second[2], second[1], second[0])
     assert ledger.take_forgotten() == ()
-    assert ledger.hits(first, 4) == (1, 0)
+    assert ledger.hits(first, 3) == (1, 0)
 
 
 @pytest.mark.parametrize(

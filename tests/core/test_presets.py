@@ -49,6 +49,15 @@ def test_overrides_reach_their_policy() -> None:
     assert presets.build("vllm").order == Fcfs()
 
 
+def test_whole_numbers_may_come_as_floats() -> None:
+    built = presets.build("past-future", window=200.0, cold_start=512.0, reserve=0)
+    assert isinstance(built.admit, PastFuture)
+    assert built.admit.history.sorted_lengths().tolist() == [512] * 100
+    again = presets.build("past-future-artifact", cold_start=None)
+    assert isinstance(again.admit, PastFuture)
+    assert again.admit.cold_start is None
+
+
 def test_policies_are_not_shared_between_builds() -> None:
     first, second = presets.build("past-future"), presets.build("past-future")
     assert first.admit is not second.admit
@@ -66,6 +75,11 @@ def test_policies_are_not_shared_between_builds() -> None:
         ("past-future", {"reserve": 1.0}, "reserve is 1.0; it must be in"),
         ("past-future", {"window": 1}, "window is 1; it must be at least 2"),
         ("past-future", {"cold_start": 0}, "cold_start is 0; it must be at least 1"),
+        ("past-future", {"window": 10.5}, "window is 10.5; it must be a whole number"),
+        ("past-future", {"window": None}, "window is None; it must be a whole number"),
+        ("past-future", {"cold_start": float("inf")}, "cold_start is inf; it must be a whole"),
+        ("past-future", {"reserve": None}, "reserve is None; it must be a number"),
+        ("past-future", {"reserve": float("nan")}, "reserve is nan; it must be in"),
         ("vllm", {"period": 0}, "period is 0; it must be at least 1 step"),
         ("vllm", {"token_budget": -1}, "token_budget is -1; it must be 0"),
     ],

@@ -66,12 +66,17 @@ def test_ties_go_by_order_of_arrival_and_demoted_ones_come_last() -> None:
 
 
 def test_what_left_out_of_turn_does_not_pile_up() -> None:
-    """Behind a head that never moves, thousands may come and go."""
+    """Behind a head that never moves, thousands may come and go, and nobody else is lost."""
     queue = WaitingQueue()
-    queue.push(entry(0))
-    for seq in range(1, 10_000):
+    staying = [entry(seq, 2.0 - seq) for seq in range(3)]
+    for one in staying:
+        queue.push(one)
+    for seq in range(3, 5_000):
         one = entry(seq, 1.0)
         queue.push(one)
         queue.remove(one)
-    assert len(queue) == 1
     assert len(queue._heap) < 1000
+    for one in reversed(staying):
+        assert queue.peek() is one
+        queue.remove(one)
+    assert queue.peek() is None

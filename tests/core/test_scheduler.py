@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from penstock.core.memory import prefix_keys
@@ -133,88 +135,6 @@ def test_stop_and_length_at_the_same_token_are_a_stop() -> None:
     assert (hand.ended["a"].reason, hand.ended["a"].output_tokens) == (FinishReason.STOP, 2)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_cancel_a_waiting_request(depth: int) -> None:
-    hand = Hand(capabilities(depth=depth), "vllm")
-    hand.add("a", 5, 9)
-    assert hand.scheduler.cancel("a", detail="left")
-    hand.take_ended()
-    assert hand.ended["a"].detail == "left"
-    assert (hand.ended["a"].reason, hand.ended["a"].output_tokens) == (FinishReason.CANCELLED, 0)
-    assert not hand.scheduler.cancel("a")
-    assert not hand.scheduler.cancel("never was")
-    assert hand.scheduler.plan(0.0) is None
-
-
-def test_cancel_in_prefill() -> None:
-    hand = Hand(capabilities(max_batch=4, max_step_tokens=8), "vllm")
-    hand.add("a", 30, 9)
-    hand.step()
-    assert hand.scheduler.explain("a") == "prefill: 8 of 30 tokens computed"
-    hand.scheduler.cancel("a")
-    plan = hand.step()
-    assert [drop.id for drop in plan.drops] == ["a"]
-    assert plan.tokens == 0
-    assert hand.ended["a"].output_tokens == 0
-    hand.finish()
-
-
-@pytest.mark.parametrize(("depth", "known"), [(1, 3), (2, 2), (3, 1)])
-def test_cancel_while_decoding_counts_confirmed_tokens_only(depth: int, known: int) -> None:
-    hand = Hand(capabilities(depth=depth), "vllm")
-    hand.add("a", 5, 50)
-    for _ in range(3):
-        hand.plan()
-    while len(hand.flight) >= depth:
-        hand.confirm()
-    assert hand.tokens["a"] == 3 - depth + 1 == known
-    hand.scheduler.cancel("a")
-    while hand.flight:
-        assert hand.scheduler.plan(0.0) is None, "memory of a plan in flight"
-        assert hand.confirm() == {"a"}, "its tokens are void"
-    drops = hand.step().drops
-    assert hand.ended["a"].output_tokens == known
-    assert [drop.id for drop in drops] == ["a"]
-    hand.finish()
-
-
-def test_cancel_while_draining() -> None:
-    hand = Hand(capabilities(depth=2), "vllm")
-    hand.add("a", 5, 2)
-    hand.plan()
-    hand.plan()
-    assert hand.scheduler.explain("a") == "draining: 0 of at most 2 output tokens"
-    hand.confirm()
-    assert hand.scheduler.explain("a") == "draining: 1 of at most 2 output tokens"
-    hand.scheduler.cancel("a")
-    assert hand.confirm() == {"a"}
-    assert (hand.ended["a"].reason, hand.ended["a"].output_tokens) == (FinishReason.CANCELLED, 1)
-    hand.finish()
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_cancel_while_evicted(depth: int) -> None:
-    hand = Hand(
-        capabilities(kv_blocks=12, block_size=1, max_request_tokens=12, depth=depth), "vllm"
-    )
-    hand.add("a", 5, 7)
-    hand.add("b", 5, 7)
-    while hand.scheduler.stats(0.0).evictions == 0:
-        if len(hand.flight) == depth:
-            hand.confirm()
-        hand.plan()
-    explained = hand.scheduler.explain("b")
-    assert explained is not None
-    assert explained.startswith("evicted: ")
-    hand.scheduler.cancel("b")
-    before = hand.tokens["b"]
-    while hand.flight:
-        hand.confirm()
-    assert hand.ended["b"].output_tokens == before == hand.tokens["b"]
-    assert hand.scheduler.take_forgotten() == ("b",)
-    assert not any(drop.id == "b" for plan in hand.finish() for drop in plan.drops)
-
-
 def test_memory_named_by_a_plan_in_flight_is_not_handed_out() -> None:
     """``a`` stops in plan 2; plan 3, already made, still computes with its blocks."""
     machine = capabilities(kv_blocks=12, block_size=1, max_request_tokens=12, max_batch=4, depth=2)
@@ -310,6 +230,26 @@ def test_one_evicted_from_a_plan_in_flight_starts_again_with_that_plans_token() 
     assert hand.ended["b"].output_tokens == 7
 
 
+def test_one_evicted_from_a_plan_in_flight_waits_for_that_plan() -> None:
+    """Until then nobody knows whether it has not ended with that plan's token."""
+    made = presets.build("vllm", watermark=1.0)
+    hand = Hand(replace(TIGHT, kv_blocks=14, depth=3), made)
+    hand.add("x", 4, 1)
+    hand.add("a", 4, 8)
+    hand.add("b", 4, 8)
+    hand.plan()
+    hand.plan()
+    assert [drop.id for drop in hand.plan().drops] == ["b"]
+    hand.confirm()
+    plan = hand.plan()
+    assert [drop.id for drop in plan.drops] == ["x"]
+    assert plan.starts == (), "x has left room enough"
+    hand.confirm()
+    assert [(start.id, start.tokens) for start in hand.plan().starts] == [("b", 6)]
+    hand.finish()
+    assert [hand.ended[name].output_tokens for name in "xab"] == [1, 8, 8]
+
+
 def test_stats_are_what_is_there() -> None:
     hand = Hand(TIGHT, "tgi")
     hand.add("a", 4, 4)
@@ -358,6 +298,35 @@ def test_true_lengths_reach_the_oracle_only_if_the_request_was_taken() -> None:
     with pytest.raises(RequestError):
         hand.add("a", 5, 15, true_length=15)
     assert hand.scheduler.policy.admit._lengths == {"a": 5, "b": 5}  # type: ignore[attr-defined]
+
+
+def test_the_oracle_is_not_told_of_tokens_beyond_the_cap() -> None:
+    hand = Hand(ROOMY, "oracle")
+    hand.add("a", 5, 15, true_length=99)
+    assert hand.scheduler.policy.admit._lengths == {"a": 15}  # type: ignore[attr-defined]
+
+
+def test_studies_may_let_outputs_exceed_the_cap_that_policies_see() -> None:
+    hand = Hand(ROOMY, "oracle")
+    hand.scheduler = Scheduler(ROOMY, hand.scheduler.policy, enforce_caps=False)
+    hand.add("a", 5, 3, true_length=9)
+    assert hand.scheduler.policy.admit._lengths == {"a": 9}  # type: ignore[attr-defined]
+    for _ in range(8):
+        hand.step()
+    assert hand.ended == {}
+    hand.step(stop=["a"])
+    assert (hand.ended["a"].reason, hand.ended["a"].output_tokens) == (FinishReason.STOP, 9)
+    hand.finish()
+
+
+def test_blocks_held_while_a_step_runs() -> None:
+    hand = Hand(TIGHT, "vllm")
+    hand.add("a", 5, 2)
+    held = []
+    for _ in range(3):
+        hand.step()
+        held.append((hand.scheduler.step_blocks, hand.scheduler.stats(0.0).kv_used))
+    assert held == [(5, 5), (6, 0), (0, 0)], "the last step still needed what is given back now"
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

@@ -65,6 +65,21 @@ def test_a_request_that_arrived_before_the_queue_was_seen_empty() -> None:
     assert wait.rate(2.0) == 1.0
 
 
+def test_those_who_were_evicted_do_not_count_as_the_queue_moving() -> None:
+    machine = capabilities(kv_blocks=24, block_size=1, max_request_tokens=12, max_batch=4)
+    hand = Hand(machine, "vllm")
+    for name in "abcd":
+        hand.add(name, 5, 7)
+    while (plan := hand.scheduler.plan(hand.now)) is not None:
+        hand.flight.append(plan)
+        hand.confirm()
+        hand.now += 1.0
+    stats = hand.scheduler.stats(hand.now)
+    assert stats.evictions > 1
+    assert stats.admissions == 4 + stats.evictions
+    assert stats.admission_rate is None
+
+
 def test_an_idle_hour_does_not_make_the_scheduler_think_that_its_queue_stands_still() -> None:
     machine = capabilities(kv_blocks=12, block_size=1, max_request_tokens=12)
     hand = Hand(machine, "tgi")

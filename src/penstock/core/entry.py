@@ -78,6 +78,7 @@ class DecodeSet:
         self._capped: dict[int, dict[Entry, None]] = {}
         # One row per member, kept dense: whoever leaves is replaced by the last.
         self._members: list[Entry] = []
+        self._names: list[RequestId] = []
         self._row: dict[RequestId, int] = {}
         self._columns = np.zeros((4, _FIRST_ROWS), dtype=np.int64)
         self._ids: tuple[RequestId, ...] | None = ()
@@ -97,7 +98,7 @@ class DecodeSet:
     def ids(self) -> tuple[RequestId, ...]:
         """The members' ids; the same object until someone joins or leaves."""
         if self._ids is None:
-            self._ids = tuple([entry.request.id for entry in self._members])
+            self._ids = tuple(self._names)
         return self._ids
 
     def generated(self, entry: Entry) -> int:
@@ -121,6 +122,7 @@ class DecodeSet:
         self._columns[:, row] = entry.seq, request.prompt_tokens, entry.base, request.cap
         self._row[request.id] = row
         self._members.append(entry)
+        self._names.append(request.id)
         self._crossing[self._residue(entry)] += 1
         if self._enforce_caps:
             self._capped.setdefault(request.cap - entry.base, {})[entry] = None
@@ -129,10 +131,10 @@ class DecodeSet:
     def leave(self, entry: Entry) -> None:
         """Let a request out and bring its own counts up to date."""
         row = self._row.pop(entry.request.id)
-        last = self._members.pop()
+        last, name = self._members.pop(), self._names.pop()
         if last is not entry:
-            self._members[row] = last
-            self._row[last.request.id] = row
+            self._members[row], self._names[row] = last, name
+            self._row[name] = row
             self._columns[:, row] = self._columns[:, len(self._members)]
         self._crossing[self._residue(entry)] -= 1
         # Those that a tick has just returned have no bucket any more.

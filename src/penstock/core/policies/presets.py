@@ -21,6 +21,7 @@ from penstock.core.policies.victim.latest_arrived import LatestArrived
 
 AdmitFactory = Callable[..., AdmitPolicy]
 _T = TypeVar("_T")
+_OPTIONAL = frozenset({"cold_start"})
 ORDERS: Mapping[str, Callable[[], OrderPolicy]] = MappingProxyType(
     {"fcfs": Fcfs, "priority": Priority}
 )
@@ -28,7 +29,7 @@ ORDERS: Mapping[str, Callable[[], OrderPolicy]] = MappingProxyType(
 
 
 def _without_rng(make: Callable[..., AdmitPolicy]) -> AdmitFactory:
-    def build(rng: np.random.Generator, **parameters: Any) -> AdmitPolicy:  # noqa: ANN401
+    def build(rng: np.random.Generator, **parameters: Any) -> AdmitPolicy:
         del rng
         return make(**parameters)
 
@@ -135,15 +136,32 @@ def build(
         known = ", ".join(preset.parameters) or "none"
         msg = f"preset {name!r} has no parameter {unknown[0]!r}; it has: {known}"
         raise ValueError(msg)
+    checked = {key: _checked(preset, key, value) for key, value in parameters.items()}
     order_name = preset.order if order is None else order
     return Policy(
         order=_find(ORDERS, "order", order_name)(),
-        admit=preset.admit(np.random.default_rng(seed), **{**preset.parameters, **parameters}),
+        admit=preset.admit(np.random.default_rng(seed), **{**preset.parameters, **checked}),
         share=Continuous(token_budget),
         victim=LatestArrived(),
         period=preset.period if period is None else period,
         per_pass=preset.per_pass,
     )
+
+
+def _checked(preset: Preset, key: str, value: float | None) -> float | None:
+    """The value in its parameter's type; configurations carry whole numbers as floats."""
+    if value is None and key in _OPTIONAL:
+        return None
+    if isinstance(preset.parameters[key], float):
+        if value is not None:
+            return value
+        what = "a number"
+    elif value is not None and float(value).is_integer():
+        return int(value)
+    else:
+        what = "a whole number"
+    msg = f"{key} is {value}; it must be {what}"
+    raise ValueError(msg)
 
 
 def _find(table: Mapping[str, _T], what: str, name: str) -> _T:
