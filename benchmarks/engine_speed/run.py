@@ -98,15 +98,20 @@ def main() -> None:
             try:
                 for concurrency in CONCURRENCY:
                     outcome["trials"] += measure(sides, model, concurrency, options.trials)
+                    write(outcome)  # a run is long: nothing measured shall be lost
             finally:
                 for side in sides:
                     side.close()
+    print(report.markdown(outcome))
+
+
+def write(outcome: dict[str, Any]) -> None:
+    """Store what has been measured so far."""
     outcome["load_average_at_end"] = os.getloadavg()[2]
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"engine_speed_{options.dtype}"
+    stem = RESULTS / f"engine_speed_{outcome['dtype']}"
     stem.with_suffix(".json").write_text(json.dumps(outcome, indent=1) + "\n")
     stem.with_suffix(".md").write_text(report.markdown(outcome))
-    print(stem.with_suffix(".md").read_text())
 
 
 def parse() -> argparse.Namespace:

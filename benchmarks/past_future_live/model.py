@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from penstock.models import demo_path
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
+
+from penstock.models import demo_path
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INNER = 384, 8, 8, 4, 1024
 HEAD_DIM = HIDDEN // HEADS

@@ -39,7 +39,7 @@ from cells import BLOCK, KV_TOKENS, LOADS, PRESETS, Book, Cell, Load
 TTFT_STEPS, GAP_STEPS = 200, 13
 PATIENCE = 0.8
 RETRIES = 1000  # the artifact retries without end; a cell's time is what ends it
-HISTORY = 1000
+WINDOW = 200
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = Path(tempfile.gettempdir()) / f"penstock-{model.NAME}"
 
@@ -70,7 +70,7 @@ def main(
     seconds: float = 12.0,
     warmup: float = 4.0,
     threads: int = 1,
-    history: int = HISTORY,
+    history: int = WINDOW,
 ) -> None:
     """Measure what is not measured yet, for so many minutes, then write tables and figures.
 
@@ -136,9 +136,11 @@ def _median_step(threads: int) -> float:
 
 def arguments(preset: str, threads: int) -> list[str]:
     """The server's flags."""
+    window = ["--parameters.window", str(WINDOW)] if preset == "past-future" else []
     return [
-        str(MODEL), "--preset", preset, "--kv-tokens", str(KV_TOKENS), "--dtype", "bfloat16",
-        "--block-size", str(BLOCK), "--max-batch", "64", "--max-step-tokens", "96",
+        str(MODEL), "--preset", preset, *window, "--dtype", "bfloat16",
+        "--kv-tokens", str(KV_TOKENS), "--block-size", str(BLOCK), "--max-batch", "64",
+        "--max-step-tokens", "96",
         "--no-prefix-cache", "--threads", str(threads), "--trace-lengths",
     ]  # fmt: skip
 
@@ -156,7 +158,7 @@ def _measure_load(
         }
         if "past-future" in servers and history:
             print(f"{load.name}: {history} requests for past-future's history", flush=True)
-            _fill_history(servers["past-future"], load, history)
+            _fill_history(servers["past-future"], load, history, end)
         for cell in cells:
             if time.monotonic() + setting.seconds + setting.warmup > end:
                 print(f"{load.name}: time is up before {cell.key}", flush=True)
@@ -167,13 +169,23 @@ def _measure_load(
             print(f"{cell.key}: {_short(result)}", flush=True)
 
 
-def _fill_history(url: str, load: Load, count: int) -> None:
+def _fill_history(url: str, load: Load, count: int, end: float) -> None:
     requests = load.workload(seed=99)
     rows = [i % len(requests) for i in range(count)]
     # One-token prompts: only the output lengths are to be learned, and this is quicker.
     requests = replace(requests.take(rows), prompt=np.ones(count, dtype=np.int64))
     target, press = Target(url, MODEL.name), Press(clients=40)
-    _run(Measurement(target, requests, Rules(load.scaled_cap), press, Prompts(requests, 99)))
+    rules = Rules(load.scaled_cap)
+    job = Measurement(target, requests, rules, press, Prompts(requests, 99))
+
+    async def within() -> None:
+        async with asyncio.timeout((end - time.monotonic()) / 2):
+            await measure(job)
+
+    try:
+        asyncio.run(within())
+    except TimeoutError:
+        print(f"{load.name}: no time to fill the history; past-future starts colder", flush=True)
 
 
 def _go(url: str, load: Load, press: Press, slo: SLO | None, repeat: int) -> Result:

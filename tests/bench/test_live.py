@@ -72,11 +72,11 @@ def test_a_server_without_the_hook_is_refused() -> None:
 
 def test_clients_that_hang_up_cost_the_server_nothing() -> None:
     with serve(server("tgi", "--trace-lengths")) as url:
-        result = go(url, "ttft=0.05", Load(clients=24, duration=3), patience=0.8, retries=1000)
+        result = go(url, "ttft=0.5", Load(clients=24, duration=5), patience=0.8, retries=1000)
         assert result.summary.ends["abandoned"] > 10
-        assert result.summary.requests_met > 0
+        assert result.summary.ends["completed"] > 0
         late = [a for a in result.attempts if a.end is End.ABANDONED]
-        assert all(a.ended - a.sent < 1 for a in late)
+        assert all(a.latency.ttft is None for a in late)
         again = go(url, "ttft=60", Load(clients=2))
         assert again.summary.ends == {"completed": COUNT}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -116,10 +116,17 @@ class Desk:
         self.step(drops=[Drop(name, final=True) for name in names])
 
 
-def check_engine(make_engine: MakeEngine) -> None:
-    """Raise AssertionError, or whatever the engine raises, unless it keeps the contract."""
-    for check in CHECKS:
-        engine = make_engine(CAPABILITIES)
+def check_engine(make_engine: MakeEngine, *, depth: int = 1) -> None:
+    """Raise AssertionError, or whatever the engine raises, unless it keeps the contract.
+
+    Args:
+        make_engine: makes an engine with these capabilities.
+        depth: plans that it can have in flight.
+    """
+    capabilities = replace(CAPABILITIES, depth=depth)
+    for check in CHECKS if depth == 1 else (*CHECKS, names_a_stopped_request_once_more):
+        engine = make_engine(capabilities)
+        assert engine.capabilities == capabilities
         try:
             check(engine)
         finally:
@@ -127,20 +134,8 @@ def check_engine(make_engine: MakeEngine) -> None:
             engine.close()
 
 
-def run_alone(engine: Engine, prompt: Sequence[int], length: int) -> list[int]:
-    """The reference text of a request, from the very engine under test."""
-    desk = Desk(engine)
-    desk.open("alone", prompt, length)
-    desk.enter("alone")
-    if length > 1:
-        desk.finish("alone")
-    desk.leave("alone")
-    return desk.texts["alone"]
-
-
 def has_the_interface(engine: Engine) -> None:
     assert isinstance(engine, Engine)
-    assert engine.capabilities == CAPABILITIES
 
 
 def refuses_tokens_outside_the_vocabulary(engine: Engine) -> None:
@@ -314,6 +309,29 @@ def uses_all_memory_again_and_again(engine: Engine) -> None:
         assert len({tuple(desk.texts[name]) for name in names}) == 1
         desk.leave(*names)
         desk.step(forget=keys)
+
+
+def names_a_stopped_request_once_more(engine: Engine) -> None:
+    """Planned before its end was known; its token is void, the others' are not."""
+    desk = Desk(engine)
+    desk.open("short", PROMPT, 2)
+    desk.open("long", OTHER, 5)
+    desk.enter("short")
+    desk.enter("long")
+    both = ("short", "long")
+    plans = [StepPlan(number, (), (), (), (), both) for number in (3, 4)]
+    tickets = [engine.submit(plan) for plan in plans]
+    first, second = (engine.collect(ticket) for ticket in tickets)
+    assert list(first.stopped) == ["short"]
+    assert "short" not in second.stopped, "it stops once"
+    desk.texts["long"] += [result.tokens["long"].id for result in (first, second)]
+    desk.number = 4
+    desk.step(drops=[Drop("short", final=True)], decode=("long",))
+    desk.finish("long")
+    desk.open("again", OTHER, 5)
+    desk.enter("again")
+    desk.finish("again")
+    assert desk.texts["again"] == desk.texts["long"]
 
 
 CHECKS: tuple[Callable[[Engine], None], ...] = (

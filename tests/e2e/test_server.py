@@ -170,4 +170,5 @@ def test_64_streams_of_which_a_third_leave(server: Server) -> None:
     wait_until(lambda: server.stats()["kv_usage"] == 0, 3)
     stats = server.stats()
     assert (stats["open"], stats["running"], stats["waiting"]) == (0, 0, 0)
-    assert server.metric("request_success_total") - before == sum(done)
+    # A client may leave when the server has already made the rest of its answer.
+    assert sum(done) <= server.metric("request_success_total") - before <= len(plans)

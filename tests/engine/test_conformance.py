@@ -21,8 +21,9 @@ def test_native_engine(model: LoadedModel) -> None:
     check_engine(lambda capabilities: NativeEngine(model, capabilities))
 
 
-def test_scripted_engine() -> None:
-    check_engine(ScriptedEngine)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_scripted_engine(depth: int) -> None:
+    check_engine(ScriptedEngine, depth=depth)
 
 
 class Forgetful(ScriptedEngine):

@@ -58,6 +58,12 @@ def test_window_matters_here(model_type: str) -> None:
     assert wide != generate(tiny_config(model_type), 1, prompts(), TOKENS)
 
 
+def test_softcap_matters_here() -> None:
+    """Guards the first test in the same way."""
+    loose = generate(tiny_config("gemma2", attn_logit_softcapping=50.0), 1, prompts(), TOKENS)
+    assert loose != generate(tiny_config("gemma2"), 1, prompts(), TOKENS)
+
+
 def test_bfloat16_stays_close_to_float32() -> None:
     """The demo model's own weights, through the layouts and kernels that bfloat16 gets."""
     engine = Recorder(load_model("demo", dtype="bfloat16", device="cpu"), TIGHT)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
 
 from penstock.core.types import Capabilities
@@ -40,14 +41,31 @@ def test_checkpoint_says_what_its_model_says(checkpoint: Path) -> None:
         assert texts[str(index)] == text[:cut]
 
 
-def test_untested_types_are_named(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_untested_types_are_named(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load_model(str(checkpoint))
     assert caplog.messages == []
-    settings = json.loads((checkpoint / "config.json").read_text())
-    settings["model_type"], settings["architectures"] = "cwm", ["CwmForCausalLM"]
-    (checkpoint / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("penstock.engine.loading.TESTED_TYPES", frozenset())
     load_model(str(checkpoint))
-    assert "model type 'cwm' is not among those whose output is tested" in caplog.text
+    assert "model type 'qwen3' is not among those whose output is tested" in caplog.text
+
+
+def test_incomplete_weights(checkpoint: Path) -> None:
+    """transformers would make up what is missing."""
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight$"):
+        load_model(str(checkpoint))
+
+
+def test_damaged_configuration(checkpoint: Path) -> None:
+    settings = json.loads((checkpoint / "config.json").read_text())
+    settings["num_attention_heads"] = "many"
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="num_attention_heads"):
+        load_model(str(checkpoint))
 
 
 def test_end_tokens_of_the_generation_config_count(checkpoint: Path) -> None:
@@ -124,6 +142,7 @@ LLAMA = {"num_key_value_heads": 2, "max_position_embeddings": 64}
         ),
         (config_of("bert"), "its attention is not causal"),
         (config_of("diffllama", **LLAMA), "called the attention function 4 times from 2 places"),
+        (config_of("doge", **LLAMA), "it builds an attention mask of its own"),
         (config_of("t5"), "encoder-decoder"),
         (config_of("siglip_text_model"), "not a causal language model"),
         (AutoConfig.for_model("gemma3"), "multimodal"),

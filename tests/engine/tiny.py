@@ -81,7 +81,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "exaone4": _BOTH,
     "exaone_moe": {**_BOTH, **_MOE, "head_dim": 16, "mlp_layer_types": ["dense", "sparse"]},
     "gemma": {"head_dim": 16},
-    "gemma2": {**_BOTH, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma2": {
+        **_BOTH,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 1.0,  # low enough to bend every score
+    },
     "gemma3_text": {**_BOTH, "head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3n_text": {
         **_SHARED_KV,

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 COLORS: Mapping[str, str] = {
     "tgi": "#8d99ae",
     "vllm": "#c8553d",
+    "past-future-artifact": "#5aa48a",
     "past-future": "#2a7f62",
     "oracle": "#33415c",
 }
 NAMES: Mapping[str, str] = {
     "tgi": "tgi (conservative)",
     "vllm": "vllm (aggressive)",
+    "past-future-artifact": "past-future (artifact)",
     "past-future": "past-future",
     "oracle": "oracle (knows lengths)",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,7 +27,6 @@ from transformers.utils.hub import cached_file
 from penstock.engine import kernels
 from penstock.engine.attention import NAME
 from penstock.engine.errors import CheckpointError, UnsupportedModelError
-from penstock.engine.fusion import fuse
 from penstock.engine.fusion import fuse
 from penstock.engine.probe import AttentionSite, probe
 from penstock.engine.support import TESTED_TYPES, check_config
@@ -104,16 +104,19 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> Load
         config = AutoConfig.from_pretrained(source)
         _check_class(config)
         with _without_progress_bar():
-            module = AutoModelForCausalLM.from_pretrained(
+            made = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=resolve_dtype(dtype, config, where),
                 attn_implementation=NAME,
                 use_safetensors=True,
+                output_loading_info=True,
             )
+        module, report = cast("tuple[PreTrainedModel, dict[str, Collection[object]]]", made)
+        _check_complete(model, report)
         eos_ids = _eos_ids(module, source)
-    except UnsupportedModelError:
+    except (UnsupportedModelError, CheckpointError):
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         raise CheckpointError(_explain(model, source, error)) from error
     loaded = prepare(module, where, eos_ids)
     if config.model_type not in TESTED_TYPES:
@@ -166,7 +169,6 @@ def prepare(module: PreTrainedModel, device: torch.device, eos_ids: frozenset[in
     # Before the linear layers are packed: those are no parameters any more.
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if module.device.type == "cpu":
-        fuse(module)
         fuse(module)
         kernels.prepack(module)
     return LoadedModel(
@@ -238,6 +240,16 @@ def _check_class(config: PreTrainedConfig) -> None:
     if not model_class.is_backend_compatible():
         reason = "it does not declare support for attention back ends"
         raise UnsupportedModelError(config.model_type, reason)
+
+
+def _check_complete(model: str, report: Mapping[str, Collection[object]]) -> None:
+    """Refuse what transformers would fill up with random weights."""
+    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has wrong shapes for")):
+        names = sorted(str(name) for name in report[kind])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            msg = f"the checkpoint of model {model!r} {what} {', '.join(names[:3])}{more}"
+            raise CheckpointError(msg)
 
 
 def _eos_ids(module: PreTrainedModel, source: str) -> frozenset[int]:

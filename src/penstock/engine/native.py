@@ -44,9 +44,16 @@ class NativeEngine:
     Args:
         model: what to run.
         capabilities: what it shall be able to do; the KV memory is taken at once.
+
+    Raises:
+        ValueError: more than one plan is to be in flight.
+        UnsupportedModelError: the model cannot be run after all.
     """
 
     def __init__(self, model: LoadedModel, capabilities: Capabilities) -> None:
+        if capabilities.depth != 1:
+            msg = f"capabilities.depth is {capabilities.depth}; this engine is synchronous: 1"
+            raise ValueError(msg)
         self.capabilities = capabilities
         self._model = model
         self._runner = Runner(model, capabilities.kv_blocks, capabilities.block_size)
@@ -298,7 +305,7 @@ class NativeEngine:
             return
         drawn = self._sample(computed.logits, sampled, where, tokens, stopped)
         if not computed.failed:
-            self._steps.sampled(step, drawn)
+            self._steps.sampled(drawn)
 
     def _sample(
         self,

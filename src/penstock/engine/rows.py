@@ -120,7 +120,6 @@ class Rows:
         del self._row[request_id]
         self._free.append(row)
         self.pool.release(self._blocks(row))
-        self._held[row] = 0
         return self.known(row)
 
     def known(self, row: int) -> Tokens:

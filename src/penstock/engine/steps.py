@@ -105,9 +105,9 @@ class Steps:
         self._last = self._decode_step(decode) if not chunks else self._mixed(chunks, decode)
         return self._last
 
-    def sampled(self, step: Step, tokens: Ints) -> None:
-        """Take note of the tokens of a step that went well, one for each of ``step.sampled``."""
-        self._drawn = None if step.chunks else tokens
+    def sampled(self, tokens: Ints) -> None:
+        """Take note of the tokens of the last step, if it went well, one for each that sampled."""
+        self._drawn = tokens
 
     def pack(self, segments: Segments, sampling: Mask) -> Inputs:
         """The arrays of a forward pass; the tables of the rows have grown for it."""

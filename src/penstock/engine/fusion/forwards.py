@@ -198,7 +198,8 @@ class FusedModel:
         **keywords: Any,
     ) -> BaseModelOutputWithPast:
         """As the module's own, and by it unless called as the engine does."""
-        if input_ids is None or position_ids is None or keywords != {"use_cache": False}:
+        others = any(value is not None and value is not False for value in keywords.values())
+        if input_ids is None or position_ids is None or others:
             result: BaseModelOutputWithPast = self._own(
                 input_ids=input_ids, position_ids=position_ids, **keywords
             )

@@ -86,16 +86,50 @@ inline void narrow(const float* from, T* to, int64_t n, float scale) {
 
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define PENSTOCK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PENSTOCK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntLanes){__VA_ARGS__})
+#endif
+
+// Lane i + n, for n = 8, 4, 2, 1: after all four steps every lane holds the whole result.
+#define PENSTOCK_FOLD(v, step)                                                                  \
+  do {                                                                                          \
+    v = step(v, PENSTOCK_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));  \
+    v = step(v, PENSTOCK_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));  \
+    v = step(v, PENSTOCK_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));  \
+    v = step(v, PENSTOCK_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));  \
+  } while (0)
+
+inline Lanes sum_of(Lanes a, Lanes b) { return a + b; }
+
 inline float across(Lanes v) {
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+  PENSTOCK_FOLD(v, sum_of);
+  return v[0];
 }
 
 inline float largest(Lanes v) {
-  float s = v[0];
-  for (int i = 1; i < kLanes; ++i) s = v[i] > s ? v[i] : s;
-  return s;
+  PENSTOCK_FOLD(v, larger);
+  return v[0];
+}
+
+// Lane i of the result is the sum over the lanes of m[i].  Each merge keeps half of either
+// vector in place and brings in the other halves, so that only one operand needs a shuffle.
+inline Lanes row_sums(Lanes* m) {
+  for (int i = 0; i < 8; ++i)
+    m[i] = PENSTOCK_SHUFFLE(m[i], m[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +
+           PENSTOCK_SHUFFLE(m[i], m[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
+                            23);
+  for (int i = 0; i < 4; ++i)
+    m[i] = PENSTOCK_SHUFFLE(m[i], m[i + 4], 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +
+           PENSTOCK_SHUFFLE(m[i], m[i + 4], 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26,
+                            27);
+  for (int i = 0; i < 2; ++i)
+    m[i] = PENSTOCK_SHUFFLE(m[i], m[i + 2], 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +
+           PENSTOCK_SHUFFLE(m[i], m[i + 2], 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28,
+                            29);
+  return PENSTOCK_SHUFFLE(m[0], m[1], 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +
+         PENSTOCK_SHUFFLE(m[0], m[1], 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
 }
 
 // e^x for x <= 0, within 2 ulp; 0 below -87 (where float32 runs out of normal numbers).
@@ -113,12 +147,6 @@ inline Lanes exponential(Lanes x) {
   const Lanes power = reinterpret_cast<Lanes>((n + 127) << 23);
   return x > -87.0f ? p * power : Lanes{};
 }
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define PENSTOCK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PENSTOCK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntLanes){__VA_ARGS__})
-#endif
 
 // 16 x 16, in four rounds of pairwise exchange.
 inline void transpose(Lanes* m) {

@@ -7,62 +7,25 @@
 // units than threads can share, long KV ranges are split and their partial results merged.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
 #endif
 
 #include "lanes.h"
 #include "penstock.h"
+#include "work.h"
 
 namespace {
-
-constexpr int kRows = 64;      // query rows a tile holds
-constexpr int kTokens = 64;    // KV tokens a tile holds
-constexpr int kFewRows = 8;    // up to here a transposed key tile costs more than it saves
-constexpr int kMinSplit = 256; // KV tokens below which splitting a range does not pay
-constexpr float kNever = -std::numeric_limits<float>::infinity();
-
-}  // namespace
-
-namespace {
-
-struct Unit {
-  int32_t sequence, kv_head;
-  int32_t row, rows;         // rows [row, row + rows) of the sequence's tokens x group
-  int32_t kv_begin, kv_end;  // the KV tokens it reads
-  int32_t partial;           // index of its partial result; -1: it writes the output itself
-};
-
-struct Merge {
-  int32_t sequence, kv_head, row, rows, first, count;
-};
-
-// Per-thread working memory.
-struct Scratch {
-  AlignedFloats query, keys, values, scores, sums, peak, total;
-  std::vector<const void*> key_rows, value_rows;
-  Scratch(int64_t dim, int64_t value_dim)
-      : query(kRows * dim), keys(kTokens * dim), values(kTokens * value_dim),
-        scores(kRows * kTokens), sums(kRows * value_dim), peak(kRows), total(kRows),
-        key_rows(kTokens), value_rows(kTokens) {}
-};
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 template <typename T>
 class Attention {
@@ -77,18 +40,26 @@ class Attention {
     const int64_t stride = kRows * (value_dim + 2);
     partials.resize(static_cast<size_t>(partial_count) * stride);
     const int64_t count = static_cast<int64_t>(units.size());
-    const int threads = static_cast<int>(std::min<int64_t>(a.threads, count));
-    // Here, because an exception must not leave a parallel region.
+    // All threads or one: libgomp ends its other threads when a region asks for fewer.
+    const int threads = count > 1 ? a.threads : 1;
+    const int helpers = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(count, 1)));
+    // Decoding has many small units, prefill few large ones.
+    const int64_t chunk = std::clamp<int64_t>(count / (16 * helpers), 1, 4);
+    // Made here, because an exception must not leave a parallel region.
     std::vector<std::unique_ptr<Scratch>> scratches;
-    for (int t = 0; t < std::max(threads, 1); ++t)
+    for (int t = 0; t < helpers; ++t)
       scratches.push_back(std::make_unique<Scratch>(dim, value_dim));
+    std::atomic<int64_t> next_unit{0}, next_merge{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      Scratch& scratch = *scratches[thread_number()];
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count; ++i) attend(units[i], scratch);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < static_cast<int64_t>(merges.size()); ++i) merge(merges[i], scratch);
+      const int me = thread_number();
+      for (int64_t i; me < helpers && (i = next_unit.fetch_add(chunk)) < count;)
+        for (int64_t end = std::min(count, i + chunk); i < end; ++i)
+          attend(units[i], *scratches[me]);
+#pragma omp barrier
+      const int64_t rest = static_cast<int64_t>(merges.size());
+      for (int64_t i; me < helpers && (i = next_merge.fetch_add(1)) < rest;)
+        merge(merges[i], *scratches[me]);
     }
   }
 
@@ -156,7 +127,8 @@ class Attention {
     for (int32_t at = unit.kv_begin; at < unit.kv_end; at += kTokens) {
       const int32_t tokens = std::min(kTokens, unit.kv_end - at);
       locate(unit, at, tokens, w);
-      score(unit.rows, tokens, w);
+      if (unit.rows <= kFewRows) prefetch(tokens, w);
+      score(unit, tokens, w);
       soften(unit, at, tokens, w);
       gather_values(unit.rows, tokens, w);
     }
@@ -186,11 +158,19 @@ class Attention {
     }
   }
 
+  // Values are needed only after the scores, and blocks lie anywhere: ask for them now.
+  void prefetch(int32_t tokens, const Scratch& w) const {
+    for (int32_t j = 0; j < tokens; ++j)
+      for (int64_t d = 0; d < a.value_dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(static_cast<const T*>(w.value_rows[j]) + d);
+  }
+
   // scores[r][j] = query[r] . key[j]
-  void score(int32_t rows, int32_t tokens, Scratch& w) const {
+  void score(const Unit& unit, int32_t tokens, Scratch& w) const {
+    const int32_t rows = unit.rows;
     if (rows <= kFewRows) {
       for (int32_t j = 0; j < tokens; j += kLanes)
-        score_few(rows, j, std::min(kLanes, tokens - j), w);
+        score_few(unit, j, std::min(kLanes, tokens - j), w);
       return;
     }
     for (int32_t j = 0; j < kTokens; j += kLanes)
@@ -206,19 +186,36 @@ class Attention {
   }
 
   // Sixteen keys against few rows: dot products, then all sixteen sums across lanes at once.
-  void score_few(int32_t rows, int32_t j, int32_t count, Scratch& w) const {
-    for (int32_t r = 0; r < rows; ++r) {
+  void score_few(const Unit& unit, int32_t j, int32_t count, Scratch& w) const {
+    for (int32_t r = 0; r < unit.rows; ++r) {
       Lanes sums[kLanes];
-      for (int32_t i = 0; i < kLanes; ++i) sums[i] = Lanes{};
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        const Lanes q = load_full(w.query.data + r * dim + d);
-        for (int32_t i = 0; i < count; ++i)
-          sums[i] += q * load(static_cast<const T*>(w.key_rows[j + i]), d, a.dim);
+      dots(unit, r, &w.key_rows[j], count, w, sums);
+      for (int32_t i = count; i < kLanes; ++i) sums[i] = Lanes{};
+      store(w.scores.data + r * kTokens + j, row_sums(sums));
+    }
+  }
+
+  void dots([[maybe_unused]] const Unit& unit, int32_t r, const void** keys, int32_t count, const Scratch& w,
+            Lanes* sums) const {
+#ifdef __AVX512BF16__
+    if (std::is_same<T, BFloat16>::value && a.dim % 32 == 0) {
+      const T* query = query_row(unit.sequence, unit.kv_head, unit.row + r);
+      for (int32_t i = 0; i < count; ++i) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t d = 0; d < a.dim; d += 32)
+          sum = _mm512_dpbf16_ps(
+              sum, (__m512bh)_mm512_loadu_si512(query + d),
+              (__m512bh)_mm512_loadu_si512(static_cast<const T*>(keys[i]) + d));
+        sums[i] = (Lanes)sum * splat(a.scale);
       }
-      transpose(sums);
-      Lanes total = sums[0];
-      for (int32_t i = 1; i < kLanes; ++i) total += sums[i];
-      store(w.scores.data + r * kTokens + j, total);
+      return;
+    }
+#endif
+    const float* query = w.query.data + r * dim;
+    for (int32_t i = 0; i < count; ++i) {
+      sums[i] = Lanes{};
+      for (int64_t d = 0; d < dim; d += kLanes)
+        sums[i] += load_full(query + d) * load(static_cast<const T*>(keys[i]), d, a.dim);
     }
   }
 
@@ -260,11 +257,46 @@ class Attention {
 
   // sums[r] += weights[r] . values
   void gather_values(int32_t rows, int32_t tokens, Scratch& w) const {
+    if (rows <= kFewRows) {
+      int32_t r = 0;
+      for (; r + 4 <= rows; r += 4) gather_few<4>(r, tokens, w);
+      for (; r + 2 <= rows; r += 2) gather_few<2>(r, tokens, w);
+      for (; r < rows; ++r) gather_few<1>(r, tokens, w);
+      return;
+    }
     for (int32_t j = 0; j < tokens; ++j)
       widen(static_cast<const T*>(w.value_rows[j]), w.values.data + j * value_dim, a.value_dim,
             value_dim, 1.0f);
     multiply<true>(w.scores.data, kTokens, w.values.data, value_dim, rows, tokens, w.sums.data,
                    value_dim);
+  }
+
+  template <int R>
+  void gather_few(int32_t r, int32_t tokens, Scratch& w) const {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= a.value_dim; d += 4 * kLanes) gather_columns<R, 4>(r, d, tokens, w);
+    for (; d < a.value_dim; d += kLanes) gather_columns<R, 1>(r, d, tokens, w);
+  }
+
+  template <int R, int W>
+  void gather_columns(int32_t first, int64_t d, int32_t tokens, Scratch& w) const {
+    const float* weights = w.scores.data + first * kTokens;
+    float* to = w.sums.data + first * value_dim + d;
+    Lanes sums[R][W];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < W; ++c) sums[r][c] = load_full(to + r * value_dim + c * kLanes);
+    for (int32_t j = 0; j < tokens; ++j) {
+      const T* row = static_cast<const T*>(w.value_rows[j]);
+      Lanes value[W];
+      for (int c = 0; c < W; ++c)
+        value[c] = W > 1 ? load_full(row + d + c * kLanes) : load(row, d, a.value_dim);
+      for (int r = 0; r < R; ++r) {
+        const Lanes weight = splat(weights[r * kTokens + j]);
+        for (int c = 0; c < W; ++c) sums[r][c] += weight * value[c];
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < W; ++c) store(to + r * value_dim + c * kLanes, sums[r][c]);
   }
 
   void finish(int32_t sequence, int32_t kv_head, int32_t row, int32_t rows, Scratch& w) const {
