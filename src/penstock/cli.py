@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from cyclopts import App
@@ -64,7 +65,12 @@ def version() -> None:
 
 def main() -> None:
     """Entry point of the ``penstock`` command."""
-    sys.exit(app())
+    try:
+        sys.exit(app())
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python would complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

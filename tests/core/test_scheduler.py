@@ -10,7 +10,7 @@ from penstock.core.memory import prefix_keys
 from penstock.core.policies import presets
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import FinishReason, Request, RequestError, StepResult
-from tests.core.drive import capabilities
+from tests.core.drive import capabilities, policy
 from tests.core.hand import Hand
 
 TIGHT = capabilities(kv_blocks=12, block_size=1, max_request_tokens=12, max_batch=4)
@@ -363,3 +363,24 @@ def test_a_request_that_goes_on_from_the_scheduler_leaves_nothing_behind() -> No
     assert not books.leaving.ids
     assert not books.entries
     assert not books.deadlines._heap
+
+
+def test_blocks_of_a_failed_chunk_are_not_shared_any_more() -> None:
+    """An engine that failed to compute a published block must not be asked for it again."""
+    machine = capabilities(prefix_cache=True, max_step_tokens=16)
+    scheduler = Scheduler(machine, policy("vllm"))
+    prompt = tuple(range(9))
+    keys = prefix_keys(prompt, machine.block_size)
+    scheduler.add(Request("a", len(prompt), 4, 0.0, prefix=keys))
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert [key for chunk in plan.chunks for _, key in chunk.publish] == list(keys)
+    scheduler.confirm(StepResult(plan.number, 0.0, {}, {}, {"a": "lost"}))
+    scheduler.add(Request("b", len(prompt), 4, 0.0, prefix=keys))
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert set(plan.forget) == set(keys)
+    assert plan.starts[0].cached == ()
+    # What it computes itself is published anew.
+    assert [key for chunk in plan.chunks for _, key in chunk.publish] == list(keys)
+    scheduler.check()

@@ -74,7 +74,16 @@ class Ledger:
         MemoryError: a change would exceed the capacity (a scheduler bug).
     """
 
-    __slots__ = ("_common", "_forgotten", "_holders", "_idle", "_private", "block_size", "capacity")
+    __slots__ = (
+        "_common",
+        "_forgotten",
+        "_holders",
+        "_idle",
+        "_private",
+        "_void",
+        "block_size",
+        "capacity",
+    )
 
     def __init__(self, capacity: int, block_size: int) -> None:
         self.capacity = capacity
@@ -84,6 +93,7 @@ class Ledger:
         self._holders: dict[PrefixKey, dict[Holding, None]] = {}
         self._idle: OrderedDict[PrefixKey, None] = OrderedDict()
         self._forgotten: list[PrefixKey] = []
+        self._void: set[PrefixKey] = set()
 
     @property
     def common(self) -> int:
@@ -114,6 +124,8 @@ class Ledger:
         """
         cached = held = 0
         for key in keys[:limit]:
+            if key in self._void:
+                break
             if key in self._holders:
                 held += 1
             elif key not in self._idle:
@@ -152,7 +164,7 @@ class Ledger:
             del holders[holding]
             if not holders:
                 del self._holders[key]
-                self._idle[key] = None
+                self._leave(key)
             elif len(holders) == 1:
                 next(iter(holders)).sole += 1
                 self._common -= 1
@@ -170,6 +182,14 @@ class Ledger:
         self._holders[key] = {holding: None}
         return True
 
+    def void(self, key: PrefixKey) -> None:
+        """A published block was never computed: nobody may begin with it from now on."""
+        if key in self._idle:
+            del self._idle[key]
+            self._forgotten.append(key)
+        elif key in self._holders:
+            self._void.add(key)
+
     def take_forgotten(self) -> tuple[PrefixKey, ...]:
         """Idle keys given up since the last call, in order."""
         forgotten = tuple(self._forgotten)
@@ -181,8 +201,17 @@ class Ledger:
         assert self._private >= 0, f"private is {self._private}"
         assert self.used + len(self._idle) <= self.capacity
         assert not self._holders.keys() & self._idle.keys()
+        assert self._void <= self._holders.keys()
         assert all(self._holders.values())
         assert self._common == sum(len(holders) > 1 for holders in self._holders.values())
+
+    def _leave(self, key: PrefixKey) -> None:
+        """The last holder of a block is gone."""
+        if key in self._void:
+            self._void.remove(key)
+            self._forgotten.append(key)
+        else:
+            self._idle[key] = None
 
     def _reclaim(self) -> None:
         over = self._private + len(self._holders) + len(self._idle) - self.capacity

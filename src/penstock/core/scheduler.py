@@ -34,10 +34,11 @@ from penstock.core.types import (
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A plan that is not confirmed: its tick, and who reaches a cap in it."""
+    """A plan that is not confirmed: its tick, its chunks, and who reaches a cap in it."""
 
     number: int
     tick: int
+    chunks: tuple[Chunk, ...]
     capped: list[Entry]
 
 
@@ -173,6 +174,10 @@ class Scheduler:
         # Before this plan counts as confirmed: they have no token of it.
         for request_id, detail in result.failed.items():
             self.cancel(request_id, FinishReason.FAILED, detail)
+        for chunk in flight.chunks if result.failed else ():
+            if chunk.id in result.failed:
+                for _, key in chunk.publish:
+                    books.ledger.void(key)
         books.confirmed = Confirmed(flight.number, flight.tick)
         for request_id, keys in result.stopped.items():
             entry = books.entries.get(request_id)
@@ -288,7 +293,7 @@ class Scheduler:
         for drop in draft.drops:
             if drop.final:
                 books.leaving.ids.discard(drop.id)
-        self._flights.append(_Flight(books.number, books.decode.ticks, capped))
+        self._flights.append(_Flight(books.number, books.decode.ticks, chunks, capped))
         return StepPlan(
             books.number, tuple(draft.drops), forget, tuple(draft.starts), chunks, decode
         )

@@ -111,7 +111,7 @@ def _with_flags(function: Callable[..., int]) -> Callable[..., int]:
         _parameter(
             name,
             info.annotation,
-            f"{info.description}{_default_of(info.default)}",
+            f"{info.description}{_default_of(info.get_default(call_default_factory=True))}",
             positional=name == "model",
         )
         for _, name, info in fields()
@@ -134,7 +134,7 @@ def _parameter(name: str, kind: Any, words: str, *, positional: bool = False) ->
 
 
 def _default_of(default: object) -> str:
-    return "" if default is None or default == () else f" [default: {default}]"
+    return "" if default is None or default in ((), {}) else f" [default: {default}]"
 
 
 _with_flags(serve)
