@@ -36,7 +36,8 @@ class EngineConfig(_Section):
     """The model, and how it is run."""
 
     model: str = Field(
-        "demo", description="Model directory, a name on the Hugging Face hub, or 'demo', the small model that is included."
+        "demo",
+        description="Model directory, name on the Hugging Face hub, or 'demo' (included).",
     )
     engine: Literal["native", "scripted"] = Field(
         "native",

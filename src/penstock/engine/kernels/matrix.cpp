@@ -3,12 +3,17 @@
 //
 // A panel holds, for each pair of inputs, the 32 weights of both: what VDPBF16PS multiplies by a
 // broadcast pair of activations.  Up to 14 rows keep their sums in registers over the whole
-// depth, so that a batch of that size costs little more than reading the weights.
+// depth, so that a batch of that size costs little more than reading the weights.  Where there
+// are more rows, each tile's activations are first laid out in the order in which they are read:
+// rows that lie a power of two apart would push each other out of the cache.
 
 #include "penstock.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -16,7 +21,7 @@
 namespace {
 
 constexpr int64_t kPanel = 32;
-constexpr int64_t kMostRows = 14;
+constexpr int kMostRows = 14;
 constexpr int64_t kParallel = 1 << 15;   // weights below which one thread is faster
 constexpr int64_t kAhead = 64 * kPanel;  // elements to prefetch ahead: 4 KiB
 
@@ -39,7 +44,8 @@ struct Output {
   uint32_t mask;  // which of the panel's outputs exist
 };
 
-template <int R>
+// Ordered: the pairs of all rows for input 0, then for input 2, and so on; else row by row.
+template <int R, bool kOrdered>
 void tile(const uint16_t* x, const uint16_t* panel, int64_t depth, bool prefetch,
           const Output& to) {
   __m512 sums[R][2];
@@ -58,7 +64,7 @@ void tile(const uint16_t* x, const uint16_t* panel, int64_t depth, bool prefetch
     }
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-      const __m512bh activation = pair(x + r * depth + i);
+      const __m512bh activation = pair(kOrdered ? x + i * R + 2 * r : x + r * depth + i);
       sums[r][0] = _mm512_dpbf16_ps(sums[r][0], low, activation);
       sums[r][1] = _mm512_dpbf16_ps(sums[r][1], high, activation);
     }
@@ -75,9 +81,20 @@ void tile(const uint16_t* x, const uint16_t* panel, int64_t depth, bool prefetch
 }
 
 using Tile = void (*)(const uint16_t*, const uint16_t*, int64_t, bool, const Output&);
-constexpr Tile kTiles[kMostRows] = {tile<1>, tile<2>,  tile<3>,  tile<4>,  tile<5>,
-                                    tile<6>, tile<7>,  tile<8>,  tile<9>,  tile<10>,
-                                    tile<11>, tile<12>, tile<13>, tile<14>};
+
+template <bool kOrdered, int... R>
+constexpr std::array<Tile, kMostRows> tiles_of(std::integer_sequence<int, R...>) {
+  return {tile<R + 1, kOrdered>...};
+}
+
+constexpr auto kTiles = tiles_of<false>(std::make_integer_sequence<int, kMostRows>());
+constexpr auto kOrderedTiles = tiles_of<true>(std::make_integer_sequence<int, kMostRows>());
+
+void reorder(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < depth; i += 2)
+      std::memcpy(to + i * rows + 2 * r, x + r * depth + i, 2 * sizeof *x);
+}
 
 }  // namespace
 
@@ -92,20 +109,34 @@ extern "C" void penstock_linear(const PenstockLinear* layer, const void* input,
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel;
   const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
   const int64_t each = tiles ? (rows + tiles - 1) / tiles : 0;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) \
-    if (threads > 1 && a.outputs * a.inputs >= kParallel)
-  for (int64_t p = 0; p < panels; ++p)
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = t * each, count = std::min(each, rows - row), first = p * kPanel;
-      const int64_t width = std::min(kPanel, a.outputs - first);
-      const Output to = {a.bias ? a.bias + first : nullptr,
-                         residual ? residual + row * a.outputs + first : nullptr,
-                         out + row * a.outputs + first, a.outputs,
-                         static_cast<uint32_t>((uint64_t{1} << width) - 1)};
-      if (count > 0)
-        kTiles[count - 1](x + row * a.inputs, a.weight + p * kPanel * a.inputs, a.inputs, t == 0,
-                          to);
+  static thread_local std::vector<uint16_t> buffer;
+  const bool reordered = tiles > 1;
+  if (reordered && buffer.size() < static_cast<size_t>(rows * a.inputs))
+    buffer.resize(rows * a.inputs);
+  uint16_t* ordered = buffer.data();
+#pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs >= kParallel)
+  {
+    if (reordered) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < tiles; ++t)
+        reorder(x + t * each * a.inputs, std::min(each, rows - t * each), a.inputs,
+                ordered + t * each * a.inputs);
     }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = t * each, count = std::min(each, rows - row), first = p * kPanel;
+        const int64_t width = std::min(kPanel, a.outputs - first);
+        const Output to = {a.bias ? a.bias + first : nullptr,
+                           residual ? residual + row * a.outputs + first : nullptr,
+                           out + row * a.outputs + first, a.outputs,
+                           static_cast<uint32_t>((uint64_t{1} << width) - 1)};
+        if (count <= 0) continue;
+        const Tile run = (reordered ? kOrderedTiles : kTiles)[count - 1];
+        run((reordered ? ordered : x) + row * a.inputs, a.weight + p * kPanel * a.inputs, a.inputs,
+            t == 0, to);
+      }
+  }
 }
 
 #else
