@@ -95,8 +95,9 @@ class LengthHistory:
         position = uniform * (above + with_cap)
         knot = position.astype(np.int64)
         last = len(past) - 1
-        low = np.where(knot == 0, generated, past[np.clip(first + knot - 1, 0, last)])
-        high = np.where(knot < above, past[np.clip(first + knot, 0, last)], cap)
+        place = first + knot
+        low = np.where(knot == 0, generated, past[np.maximum(place - 1, 0)])
+        high = np.where(knot < above, past[np.minimum(place, last)], cap)
         drawn = np.rint(low + (high - low) * (position - knot)).astype(np.int64)
-        within: Ints = np.clip(drawn, generated, cap)
+        within: Ints = np.minimum(np.maximum(drawn, generated), cap)
         return within

@@ -44,7 +44,8 @@ class Occupancy:
     def __init__(self, tokens: Ints, steps: Ints, block_size: int) -> None:
         order = np.argsort(-steps, axis=1, kind="stable")
         self._tokens = tokens[order]
-        self._steps = np.take_along_axis(steps, order, axis=1)
+        # Plain indices: the along-axis helpers cost more than the work at these sizes.
+        self._steps = steps[np.arange(len(steps))[:, np.newaxis], order]
         self._block_size = block_size
         self._at_end = _at_ends(self._tokens, self._steps, block_size)
 
@@ -63,9 +64,11 @@ class Occupancy:
     def add(self, tokens: int, steps: Ints) -> None:
         """Let it join."""
         at_end, own = self._joined(tokens, steps)
-        self._at_end = np.column_stack((at_end, own))
-        self._tokens = np.column_stack((self._tokens, np.full_like(own, tokens)))
-        self._steps = np.column_stack((self._steps, steps))
+        self._at_end = np.concatenate((at_end, own[:, np.newaxis]), axis=1)
+        self._tokens = np.concatenate(
+            (self._tokens, np.full_like(own, tokens)[:, np.newaxis]), axis=1
+        )
+        self._steps = np.concatenate((self._steps, steps[:, np.newaxis]), axis=1)
 
     def _joined(self, tokens: int, steps: Ints) -> tuple[Ints, Ints]:
         """Memory when each of the others is about to end, and when the candidate is."""
@@ -88,10 +91,11 @@ def _at_ends(tokens: Ints, steps: Ints, size: int) -> Ints:
     quotient, residue = np.divmod(tokens - 1, size)
     rounds, rest = np.divmod(steps, size)
     seen = np.zeros((scenarios, count, size + 1), dtype=np.int32)
-    np.put_along_axis(seen, residue[..., np.newaxis], 1, axis=2)
+    rows, columns = np.arange(scenarios)[:, np.newaxis], alive - 1
+    seen[rows, columns, residue] = 1
     # at_least[k, i, x]: columns up to i whose residue is x or more; x = size is always empty.
     at_least = seen.cumsum(axis=1, dtype=np.int32)[..., ::-1]
     at_least = at_least.cumsum(axis=2, dtype=np.int32)[..., ::-1]
-    carried = np.take_along_axis(at_least, (size - rest)[..., np.newaxis], axis=2)[..., 0]
+    carried = at_least[rows, columns, size - rest]
     result: Ints = np.cumsum(quotient, axis=1) + alive * (rounds + 1) + carried
     return result
