@@ -16,6 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
+from penstock.bench.local import revision
 from penstock.bench.result import machine
 from penstock.core.policies import presets
 from penstock.core.scheduler import Scheduler
@@ -23,6 +24,7 @@ from penstock.core.types import Capabilities, Request, StepPlan, StepResult
 
 SIZES = ((40, 100), (256, 1_000), (4_096, 100_000))
 STEPS = 2_000
+ROOT = Path(__file__).resolve().parents[1]
 PROMPT, CAP, BLOCK = 64, 4_000, 16
 
 
@@ -105,7 +107,7 @@ def main() -> None:
                 rows.append(row)
                 print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if arguments.json:
-        report = {"machine": machine(), "rows": rows}
+        report = {"commit": revision(ROOT), "machine": machine(), "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
