@@ -14,6 +14,7 @@ SCALE = 1 / 8
 BLOCK = 16
 KV_TOKENS = 3200  # 120,000 / 8 / 4.7: the batch is scaled down as well
 PRESETS = ("tgi", "vllm", "past-future", "past-future-artifact", "oracle")
+CLIENTS = (10, 20, 40, 100)
 REQUESTS = 600
 
 
@@ -42,10 +43,10 @@ class Load:
 
 
 LOADS = (
-    Load("sharegpt-o1", "fitted", "fitted", 12_000, (20, 12, 6)),
-    Load("distribution-1", "uniform:32-4096", "uniform:2048-4096", 4096, (20,)),
-    Load("distribution-2", "uniform:3000-5000", "uniform:3000-5000", 5000, (20,)),
-    Load("distribution-3", "uniform:2048-4096", "uniform:32-4096", 4096, (20,)),
+    Load("sharegpt-o1", "fitted", "fitted", 12_000, CLIENTS),
+    Load("distribution-1", "uniform:32-4096", "uniform:2048-4096", 4096, CLIENTS),
+    Load("distribution-2", "uniform:3000-5000", "uniform:3000-5000", 5000, CLIENTS),
+    Load("distribution-3", "uniform:2048-4096", "uniform:32-4096", 4096, CLIENTS),
 )
 
 
