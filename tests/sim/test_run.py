@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.engine import Work
+from penstock.core.forecast.latency.affine import Affine, DecodeSteps
 from penstock.core.policies import presets
 from penstock.core.runtime import Runtime
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import Capabilities, Ended, FinishReason, Request
-from penstock.sim.latency import Affine, DecodeSteps
 from penstock.sim.run import Job, run, token_times
 from penstock.sim.sources import ClosedLoop, OpenLoop
 from penstock.testing import ScriptedEngine

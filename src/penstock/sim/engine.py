@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from penstock.core.engine import Ticket, Work
+from penstock.core.forecast.latency.base import LatencyModel, StepLoad
 from penstock.core.types import Capabilities, Chunk, RequestId, StepPlan, StepResult
 from penstock.sim.clock import VirtualClock
-from penstock.sim.latency import LatencyModel, StepLoad
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ class SimEngine:
                 sampled.append(self._sample(chunk, stopped))
         seconds = 0.0
         if decoding or prefill:
-            load = StepLoad(decoding, context, int(prefill), work)
+            load = StepLoad(decoding, context, int(prefill), work, len(plan.chunks))
             seconds = self._latency.seconds(load)
         self._flight = _Flight(plan, seconds, sampled, stopped)
         return Ticket(plan.number)

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from penstock.bench.goodput import Latency, Timeline, latency_of
 from penstock.core.engine import Work
+from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies.base import Policy
 from penstock.core.runtime import Runtime
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import SLO, Capabilities, Ended, OnMiss, Request, RequestId
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine import SimEngine, Stretch
-from penstock.sim.latency import LatencyModel
+
+NO_LATENCY = Latency(None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Job:
         arrival: when it comes, in seconds.
         prompt, output: tokens; the output is its true length, hidden from policies.
         cap: what policies are told.
+        index: of the request in its workload; ``attempt`` counts the tries at it, from 0.
     """
 
     id: RequestId
@@ -37,6 +41,8 @@ class Job:
     on_miss: OnMiss = OnMiss.KEEP
     priority: int = 0
     prefix: tuple[bytes, ...] = ()
+    index: int = 0
+    attempt: int = 0
 
 
 class Source(Protocol):
@@ -57,12 +63,18 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class Record:
-    """What became of a job."""
+    """What became of a job.
+
+    Attributes:
+        at: when it ended, in seconds.
+        latency: TTFT, TPOT, gap and e2e as its client saw them.
+    """
 
     job: Job
     ended: Ended
     at: float
     stretches: list[Stretch] = field(default_factory=list)
+    latency: Latency = NO_LATENCY
 
 
 @dataclass(slots=True)
@@ -139,6 +151,8 @@ def run(
             watch(runtime, engine)
     for record in records:
         record.stretches = engine.stretches.pop(record.job.id)
+        times = token_times(record, engine.tick_times)
+        record.latency = latency_of(Timeline(record.job.arrival, times, len(times)))
     share = used / engine.ticks / capabilities.kv_blocks if engine.ticks else 0.0
     return Run(records, engine.tick_times, clock.now, steps, share, scheduler.evictions)
 

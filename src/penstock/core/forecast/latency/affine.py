@@ -1,41 +1,16 @@
-"""How long a step takes: models behind one interface.
+"""Step time as a constant and a price for everything.
 
-Problem: a simulator is as true as its step times.
-Source: affine costs as in DistServe's and Vidur's simulators and in LightLLM's artifact;
-the features are those that explain measured steps of vLLM and of our own engine.
-Limits: coefficients hold for one model on one machine; they are to be fitted, not believed.
+Problem: most of what a step costs is bandwidth and arithmetic, each linear in something known.
+Source: the affine cost models of DistServe's and Vidur's simulators and of LightLLM's artifact.
+Rule: ``step + token * prefill + work * prefill_work + request * decoding + context * context``.
+Limits: no floor under small prompts, no tiles or waves: a few percent of error on GPUs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class StepLoad:
-    """What a step computes.
-
-    Attributes:
-        decoding: requests that decode.
-        context: KV tokens those attend to, summed.
-        prefill: prompt tokens computed.
-        prefill_work: sum over chunks of tokens x (mean context of the chunk), in tokens
-            squared: the work of prompt attention.
-    """
-
-    decoding: int
-    context: int
-    prefill: int
-    prefill_work: float
-
-
-class LatencyModel(Protocol):
-    """Predicts the duration of a step."""
-
-    def seconds(self, load: StepLoad) -> float:
-        """Duration of a step that is not empty."""
-        ...
+from penstock.core.forecast.latency.base import StepLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +31,8 @@ class Affine:
     request: float
     context: float
 
+    wants_longest = False
+
     def __post_init__(self) -> None:
         for name in ("step", "token", "work", "request", "context"):
             value = getattr(self, name)
@@ -73,6 +50,10 @@ class Affine:
             + self.context * load.context
         )
 
+    def decode_line(self, decoding: int) -> tuple[float, float]:
+        """Without prefill, the context is all that changes."""
+        return self.step + self.request * decoding, self.context
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeSteps:
@@ -81,6 +62,12 @@ class DecodeSteps:
     The unit of the behaviour study in the Past-Future paper (arXiv 2507.10150).
     """
 
+    wants_longest = False
+
     def seconds(self, load: StepLoad) -> float:
         """1 or 0."""
         return 1.0 if load.decoding else 0.0
+
+    def decode_line(self, decoding: int) -> tuple[float, float]:
+        """Always 1 where someone decodes."""
+        return (1.0 if decoding else 0.0), 0.0
