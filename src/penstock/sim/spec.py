@@ -1,0 +1,357 @@
+"""One simulated run as data: everything that decides its outcome, and what came of it.
+
+A specification is plain data, so it crosses process boundaries, is written next to its result,
+and has a content hash by which a sweep knows what it has done already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from penstock import __version__
+from penstock.bench.command import LoadOptions, WorkloadOptions, build_workload
+from penstock.bench.goodput import Summary, summarize
+from penstock.bench.workload import Workload, parse_slo
+from penstock.core.forecast.latency.affine import DecodeSteps
+from penstock.core.forecast.latency.base import LatencyModel
+from penstock.core.policies import presets
+from penstock.core.policies.base import Policy
+from penstock.core.types import Capabilities, OnMiss
+from penstock.sim.outcome import attempt_of
+from penstock.sim.run import Job, Run, Source, Watch, run
+from penstock.sim.sources import ClosedLoop, OpenLoop
+
+
+class SpecError(ValueError):
+    """A specification that cannot be simulated; names the field."""
+
+
+class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to simulate.
+
+    Attributes:
+        preset: the policy, one of ``penstock presets``; ``parameters`` override its own.
+        trace, lengths, input, output: lengths, as ``penstock bench`` takes them (one source).
+        trace_digest: of the trace file's content; another content is refused.
+        scale: factor on all lengths, at most 1.
+        requests: how many; None is all of a trace, else 200.
+        clients: closed loop with so many clients; else the loop is open.
+        rate: requests per second.
+        arrivals: poisson, gamma:CV, or trace for the trace's own times.
+        speed: the times are divided by this.
+        slo: bounds in seconds, ``[NAME[*WEIGHT]:]ttft=2,gap=0.5``.
+        cap: what policies are told of output lengths; None is the longest output.
+        kv_tokens, block_size: KV memory in tokens, and tokens per block.
+        max_batch: most requests in a step.
+        prefill_budget: most tokens in a step (never less than ``max_batch``).
+        plan_every: steps from one admission pass to the next; None is the preset's.
+        profile: name of the step-time profile.
+        steps_only: no profile: a decode step is one second, prefill takes no time, and the cap
+            does not cut outputs.
+        instances: machines of this kind; requests go to them in turn.
+        seed: of lengths, arrivals, classes and the policy's draws.
+    """
+
+    preset: str
+    parameters: dict[str, float | None] = {}
+    trace: str | None = None
+    trace_digest: str | None = None
+    lengths: str | None = None
+    input: str | None = None
+    output: str | None = None
+    scale: float = 1.0
+    requests: int | None = None
+    clients: int | None = None
+    rate: float | None = None
+    arrivals: str | None = None
+    speed: float = 1.0
+    slo: tuple[str, ...] = ()
+    cap: int | None = None
+    kv_tokens: int
+    block_size: int = 1
+    max_batch: int = 1024
+    prefill_budget: int = 2048
+    plan_every: int | None = None
+    profile: str | None = None
+    steps_only: bool = False
+    instances: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.profile is None) != self.steps_only:
+            msg = f"profile is {self.profile!r}; give a profile, or steps_only without one"
+            raise SpecError(msg)
+        for name in ("kv_tokens", "block_size", "max_batch", "prefill_budget", "instances"):
+            value = getattr(self, name)
+            if value < 1:
+                msg = f"{name} is {value}; it must be at least 1"
+                raise SpecError(msg)
+        if self.cap is not None and self.cap < 1:
+            msg = f"cap is {self.cap}; it must be at least 1 token"
+            raise SpecError(msg)
+        if not 0 < self.speed < float("inf"):
+            msg = f"speed is {self.speed}; it must be above 0"
+            raise SpecError(msg)
+        if self.instances > 1 and self.clients is not None:
+            msg = f"instances is {self.instances}; several instances need an open loop"
+            raise SpecError(msg)
+
+    @property
+    def load(self) -> float:
+        """Clients, requests per second, or the speed at which a trace is replayed."""
+        if self.clients is not None:
+            return self.clients
+        return self.speed if self.rate is None else self.rate
+
+    @property
+    def load_unit(self) -> str:
+        """The unit of :attr:`load`."""
+        if self.clients is not None:
+            return "clients"
+        return "x trace speed" if self.rate is None else "req/s"
+
+    @property
+    def policy_name(self) -> str:
+        """The preset and what differs from its defaults."""
+        changes = [f"{key}={_plain(value)}" for key, value in self.parameters.items()]
+        return ":".join((self.preset, *changes))
+
+    def key(self) -> str:
+        """Content hash: equal for equal runs of this version of Penstock."""
+        text = msgspec.json.encode([__version__, self], order="deterministic")
+        return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+class ClassResult(msgspec.Struct, frozen=True):
+    """Attempts of one SLO class."""
+
+    attempts: int
+    met: int
+    attainment: float | None
+    goodput_output_tps: float
+    broken: dict[str, int]
+
+
+class RunResult(msgspec.Struct, frozen=True):
+    """What came of a run; the terms are those of ``docs/bench.md``.
+
+    Attributes:
+        evicted_ratio: evictions over finished requests.
+        memory: mean share of the KV memory in use over decode steps.
+        seconds: simulated; ``wall_s`` is what it took to simulate.
+        latency: by name (ttft, tpot, gap, e2e): mean, p50, p90, p99 of finished requests.
+        notes: what was left out or changed on the way.
+    """
+
+    attempts: int
+    finished: int
+    attainment: float | None
+    goodput_output_tps: float
+    goodput_total_tps: float
+    goodput_rps: float
+    throughput_output_tps: float
+    memory: float
+    evictions: int
+    evicted_ratio: float | None
+    decode_steps: int
+    steps: int
+    seconds: float
+    wall_s: float
+    ends: dict[str, int]
+    latency: dict[str, dict[str, float]]
+    classes: dict[str, ClassResult]
+    notes: tuple[str, ...] = ()
+
+
+def one_run(spec: RunSpec) -> RunResult:
+    """Simulate a specification.
+
+    Raises:
+        ValueError: it cannot be simulated; names what and why.
+        OSError: its trace cannot be read.
+    """
+    began = time.perf_counter()
+    workload = workload_of(spec)
+    runs = simulate_spec(spec, workload)
+    return result_of(runs, workload, time.perf_counter() - began)
+
+
+def simulate_spec(
+    spec: RunSpec,
+    workload: Workload,
+    *,
+    policy: Policy | None = None,
+    watch: Watch | None = None,
+) -> list[Run]:
+    """Simulate each instance.
+
+    Args:
+        workload: of the specification.
+        policy: instead of the specification's, for observers that wrap it; one instance only.
+        watch: see :func:`penstock.sim.run.run`.
+    """
+    latency = latency_model(spec)
+    machine = capabilities_of(spec)
+    jobs = jobs_of(spec, workload)
+    return [
+        run(
+            _source(spec, jobs[first :: spec.instances]),
+            machine,
+            policy or policy_of(spec),
+            latency,
+            enforce_caps=not spec.steps_only,
+            watch=watch,
+        )
+        for first in range(min(spec.instances, len(jobs)))
+    ]
+
+
+def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResult:
+    """Sum instances up as one system, over the whole of their time."""
+    records = [record for each in runs for record in each.records]
+    seconds = max(each.seconds for each in runs)
+    summary = summarize(map(attempt_of, records), 0.0, seconds)
+    finished = summary.ends.get("completed", 0)
+    evictions = sum(each.evictions for each in runs)
+    steps = sum(each.decode_steps for each in runs)
+    held = sum(each.memory * each.decode_steps for each in runs)
+    notes = workload.notes
+    if workload.hash_ids is not None:
+        notes = (*notes, "prefixes that the trace's requests share are computed anew each time")
+    return RunResult(
+        attempts=summary.attempts,
+        finished=finished,
+        attainment=summary.attainment,
+        goodput_output_tps=summary.goodput_output_tps,
+        goodput_total_tps=summary.goodput_total_tps,
+        goodput_rps=summary.goodput_rps,
+        throughput_output_tps=summary.throughput_output_tps,
+        memory=held / steps if steps else 0.0,
+        evictions=evictions,
+        evicted_ratio=evictions / finished if finished else None,
+        decode_steps=steps,
+        steps=sum(each.steps for each in runs),
+        seconds=seconds,
+        wall_s=wall_s,
+        ends=dict(summary.ends),
+        latency={name: dict(row) for name, row in summary.percentiles.items()},
+        classes=_classes(summary),
+        notes=notes,
+    )
+
+
+def workload_of(spec: RunSpec) -> Workload:
+    """Its requests, with classes and, in an open loop, arrival times.
+
+    Raises:
+        ValueError: options that cannot be used, or a request that can never fit.
+        OSError: the trace cannot be read.
+    """
+    if spec.trace is not None and spec.trace_digest not in {None, digest_of(Path(spec.trace))}:
+        msg = f"trace {spec.trace} has changed since the specification was written"
+        raise SpecError(msg)
+    options = WorkloadOptions(
+        trace=None if spec.trace is None else Path(spec.trace),
+        lengths=spec.lengths,
+        input=spec.input,
+        output=spec.output,
+        scale=spec.scale,
+        requests=spec.requests,
+        seed=spec.seed,
+    )
+    load = LoadOptions(clients=spec.clients, rate=spec.rate, arrivals=spec.arrivals)
+    made = build_workload(options, load).with_classes(parse_slo(spec.slo), spec.seed)
+    if made.output is None:
+        msg = "output is 'model'; a simulation needs output lengths"
+        raise SpecError(msg)
+    longest = made.prompt + (spec.cap or int(made.output.max()))
+    if int(longest.max()) - 1 > spec.kv_tokens:
+        _refuse_large(spec, made, int(longest.argmax()))
+    return made
+
+
+def jobs_of(spec: RunSpec, workload: Workload) -> list[Job]:
+    """The requests as the simulator takes them."""
+    assert workload.output is not None
+    cap = spec.cap or int(workload.output.max())
+    count = len(workload)
+    times = [0.0] * count if workload.arrival is None else (workload.arrival / spec.speed).tolist()
+    rows = zip(times, workload.prompt.tolist(), workload.output.tolist(), strict=True)
+    classes = [workload.slo_class(index) for index in range(count)]
+    return [
+        Job(str(i), *row, cap, classes[i].slo, classes[i].name, OnMiss.KEEP, 0, (), i)
+        for i, row in enumerate(rows)
+    ]
+
+
+def capabilities_of(spec: RunSpec) -> Capabilities:
+    """The machine that is simulated."""
+    return Capabilities(
+        kv_blocks=max(1, spec.kv_tokens // spec.block_size),
+        block_size=spec.block_size,
+        max_batch=spec.max_batch,
+        max_step_tokens=max(spec.prefill_budget, spec.max_batch),
+        max_request_tokens=spec.kv_tokens + 1,
+    )
+
+
+def policy_of(spec: RunSpec) -> Policy:
+    """Its policy, fresh.
+
+    Raises:
+        ValueError: an unknown preset, or a parameter that it does not have or cannot take.
+    """
+    parameters: dict[str, Any] = dict(spec.parameters)
+    for name in ("order", "period", "seed", "token_budget"):
+        if name in parameters:
+            msg = f"parameters has {name!r}, which is no parameter of a preset"
+            raise SpecError(msg)
+    return presets.build(spec.preset, seed=spec.seed, period=spec.plan_every, **parameters)
+
+
+def latency_model(spec: RunSpec) -> LatencyModel:
+    """Its step times.
+
+    Raises:
+        ValueError: there is no such profile.
+    """
+    if spec.profile is None:
+        return DecodeSteps()
+    profiles = importlib.import_module("penstock.sim.profiles")
+    model: LatencyModel = profiles.load(spec.profile)
+    return model
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a file's content."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _source(spec: RunSpec, jobs: Sequence[Job]) -> Source:
+    return OpenLoop(jobs) if spec.clients is None else ClosedLoop(jobs, spec.clients)
+
+
+def _classes(summary: Summary) -> dict[str, ClassResult]:
+    return {name: ClassResult(**asdict(part)) for name, part in summary.classes.items()}
+
+
+def _refuse_large(spec: RunSpec, workload: Workload, row: int) -> NoReturn:
+    cap = spec.cap or workload.longest_output
+    msg = (
+        f"{workload.source}: request {row} (counted from 0) has {workload.prompt[row]} prompt "
+        f"tokens; with a cap of {cap} it can never fit kv_tokens ({spec.kv_tokens}); lower the "
+        "cap or leave it out"
+    )
+    raise SpecError(msg)
+
+
+def _plain(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
