@@ -189,7 +189,7 @@ def _check_more_room(
 ) -> None:
     """Whoever is admitted is admitted if there is more memory, all else being equal."""
     if isinstance(make(seed).judge(view)(head), Admit):
-        roomier = replace(view, capacity=view.capacity + 50)
+        roomier = view._replace(capacity=view.capacity + 50)
         assert isinstance(make(seed).judge(roomier)(head), Admit), "more room, and no admission"
 
 

@@ -131,6 +131,8 @@ def test_the_kit_finds_an_order_that_puts_the_latest_first() -> None:
 @pytest.mark.parametrize(("decode", "prefill"), [(True, 101), (False, 0), (True, -1)])
 def test_the_kit_finds_a_share_out_of_range(*, decode: bool, prefill: int) -> None:
     class Fixed:
+        steady = True
+
         def split(self, view: Snapshot, max_step_tokens: int) -> Split:
             del view, max_step_tokens
             return Split(decode, prefill)

@@ -78,8 +78,7 @@ class Recorder(ScriptedEngine):
         result = super().collect(ticket)
         failed = dict.fromkeys(sorted(self.fail & result.tokens.keys()), "told to")
         self.fail -= failed.keys()
-        return replace(
-            result,
+        return result._replace(
             tokens={key: value for key, value in result.tokens.items() if key not in failed},
             stopped={key: value for key, value in result.stopped.items() if key not in failed},
             failed=failed,

@@ -68,7 +68,9 @@ def snapshot(
         waiting=1,
         running=len(rows),
         decoding=len(rows),
-        _gather=lambda: made,
+        reserved=sum(-(-(row.prompt + row.cap) // block_size) for row in rows),
+        caps_bind=True,
+        gather=lambda: made,
     )
 
 

@@ -19,8 +19,8 @@ MACHINE = Capabilities(
 def test_latencies_count_from_arrival_and_goodput_counts_only_promises_kept() -> None:
     second = Affine(step=1.0, token=0, work=0, request=0, context=0)
     jobs = [
-        Job("a", 0.5, 10, 4, 9, slo=SLO(ttft=1.2, gap=1.0), index=0),
-        Job("b", 0.5, 10, 3, 9, slo=SLO(ttft=0.9), index=1, attempt=1),
+        Job("a", 0.5, 10, 4, 9, slo=SLO(ttft=1.2, gap=1.0), request=0),
+        Job("b", 0.5, 10, 3, 9, slo=SLO(ttft=0.9), request=1, attempt=1),
     ]
     done = run(OpenLoop(jobs), MACHINE, presets.build("vllm"), second)
     by_id = {record.job.id: attempt_of(record) for record in done.records}

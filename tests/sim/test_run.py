@@ -12,7 +12,7 @@ from penstock.core.policies import presets
 from penstock.core.runtime import Runtime
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import Capabilities, Ended, FinishReason, Request
-from penstock.sim.run import Job, run, token_times
+from penstock.sim.run import Job, Seen, run
 from penstock.sim.sources import ClosedLoop, OpenLoop
 from penstock.testing import ScriptedEngine
 
@@ -65,7 +65,7 @@ def test_plans_ends_and_times_are_those_of_a_strict_engine(name: str, load: list
 
     assert {record.job.id: record.ended for record in simulated.records} == ends
     for record in simulated.records:
-        got = token_times(record, simulated.tick_times)
+        got = simulated.token_times(record)
         assert got == pytest.approx(times[record.job.id], abs=1e-12)
     assert simulated.evictions == sum(end.evictions for end in ends.values())
 
@@ -108,3 +108,13 @@ def test_jobs_out_of_order_and_bad_coefficients_are_refused() -> None:
         ClosedLoop([], 0)
     with pytest.raises(ValueError, match=r"latency\.token is -1"):
         Affine(step=1, token=-1, work=0, request=0, context=0)
+
+
+def test_a_watcher_sees_every_plan_with_its_times() -> None:
+    seen: list[Seen] = []
+    load = [Job("a", 0.5, 5, 12, 20), Job("b", 0.5, 5, 4, 20)]
+    done = run(OpenLoop(load), MACHINE, presets.build("vllm"), LATENCY, watch=seen.append)
+    assert sum(s.output.steps for s in seen) == done.steps == 12
+    assert len(seen) < done.steps  # stretches are seen as one
+    assert [s.began for s in seen] == pytest.approx([0.5, *(s.now for s in seen[:-1])])
+    assert [start.id for s in seen for start in s.plan.starts] == ["a", "b"]

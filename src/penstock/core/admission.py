@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from penstock.core.books import Books
 from penstock.core.entry import Entry
 from penstock.core.forecast.wait import WaitForecast
-from penstock.core.lifecycle import State
 from penstock.core.memory import blocks_for
 from penstock.core.policies.base import Answer, Defer, Judge, Policy, Reject
 from penstock.core.snapshot import Candidate
@@ -49,8 +49,9 @@ class Admission:
     def __init__(self, books: Books, policy: Policy) -> None:
         self._books = books
         self._policy = policy
-        self._deferred: tuple[Entry, int] | None = None
-        self._deferred_at = 0
+        # Whom the last pass ended at, the releases up to then, and the tick to ask again at.
+        self._blocked: tuple[Entry, int] | None = None
+        self._wake: float = 0
         self._next_pass = 0
         self.wait = WaitForecast()
         self.admissions = 0
@@ -72,6 +73,7 @@ class Admission:
             if books.slots >= books.capabilities.max_batch:
                 places = books.capabilities.max_batch
                 head.why = f"the batch is full: {books.slots} of {places} places taken"
+                self._block(head, None)
                 break
             # One evicted from a plan in flight must have that plan's token first.
             if head.last_plan > books.confirmed.number:
@@ -89,8 +91,7 @@ class Admission:
                 rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
             elif isinstance(answer, Defer) and not self._alone(candidate):
                 head.why = answer.reason
-                self._deferred = (head, books.releases)
-                self._deferred_at = books.decode.ticks
+                self._block(head, self._policy.admit.holds)
                 break
             else:
                 self._start(draft, head, candidate)
@@ -101,16 +102,29 @@ class Admission:
             head = books.queue.peek()
         return rejected
 
+    def quiet_steps(self) -> float:
+        """Steps after the plan just made in which no pass could bring anything new."""
+        books = self._books
+        head = books.queue.peek()
+        if head is None:
+            return math.inf
+        blocked = self._blocked == (head, books.releases)
+        by_policy = self._wake - books.decode.ticks if blocked else 0
+        return max(by_policy, self._next_pass - books.number)
+
+    def _block(self, head: Entry, holds: int | None) -> None:
+        """The pass ended at this one; asking again makes sense once memory is given back."""
+        self._blocked = (head, self._books.releases)
+        self._wake = math.inf if holds is None else self._books.decode.ticks + holds
+
     def _due(self, head: Entry) -> bool:
         """Whether asking can bring anything new."""
         if not self._books.running:
             return True
         if self._books.number < self._next_pass:
             return False
-        if self._deferred != (head, self._books.releases):
-            return True
-        holds = self._policy.admit.holds
-        return holds is not None and self._books.decode.ticks >= self._deferred_at + holds
+        blocked = self._blocked == (head, self._books.releases)
+        return not blocked or self._books.decode.ticks >= self._wake
 
     def _alone(self, candidate: Candidate) -> bool:
         """Nothing runs, so to defer a request that fits would be to starve it."""
@@ -140,19 +154,11 @@ class Admission:
 
     def _start(self, draft: Draft, entry: Entry, candidate: Candidate) -> None:
         books = self._books
-        size = books.ledger.block_size
-        cached, _ = self._hits(entry)
+        cached = self._hits(entry)[0]
         keys = entry.request.prefix[:cached]
-        books.queue.remove(entry)
-        books.ledger.take(entry.holding, blocks_for(entry.total, size) - cached, keys)
         if candidate.evictions == 0 and draft.now > entry.waited_since:
             self.wait.admitted(draft.now)
-        entry.move(State.PREFILL)
-        entry.computed = cached * size
-        entry.published = cached
-        entry.why = ""
-        entry.last_plan = books.number + 1
+        books.start(entry, blocks_for(entry.total, books.ledger.block_size) - cached, keys)
         self.admissions += 1
-        books.prefill[entry.request.id] = entry
         draft.starts.append(Start(entry.request.id, entry.total, keys))
         draft.chunk(entry)

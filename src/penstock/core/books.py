@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,6 +70,8 @@ class Books:
         self.releases = 0
         self.evictions = 0
         self.prefill_per_step = 1
+        self.reserved = 0
+        self.block_steps = 0
 
     @property
     def running(self) -> int:
@@ -79,6 +82,35 @@ class Books:
     def slots(self) -> int:
         """Requests that occupy a place in the engine's batch."""
         return self.running + len(self.draining) + len(self.leaving.lingering)
+
+    def start(self, entry: Entry, blocks: int, keys: Sequence[PrefixKey]) -> None:
+        """A waiting request takes its memory: ``blocks`` of its own and cached ones."""
+        self.queue.remove(entry)
+        self.ledger.take(entry.holding, blocks, keys)
+        self.reserved += entry.most_blocks
+        entry.move(State.PREFILL)
+        entry.published = len(keys)
+        entry.computed = len(keys) * self.ledger.block_size
+        entry.last_plan = self.number + 1
+        entry.why = ""
+        self.prefill[entry.request.id] = entry
+
+    def coast(self, steps: int) -> None:
+        """Further steps in which every decoding request got a token and nothing else happened."""
+        needed, total = self.decode.coast(steps)
+        self.block_steps += steps * self.ledger.used + total
+        self.ledger.grow(needed)
+        self.number += steps
+
+    def quiet_steps(self) -> int:
+        """Further steps in which all that decode can go on: no cap reached, no memory short.
+
+        There may be more than it says; someone decodes.
+        """
+        ledger = self.ledger
+        steps = self.decode.ticks_within(ledger.free - ledger.idle)
+        to_cap = self.decode.ticks_to_cap()
+        return steps if to_cap is None else min(steps, to_cap - 1)
 
     def evict(self, entry: Entry, now: float) -> Drop:
         """Take a running request's memory; it waits again."""
@@ -113,6 +145,7 @@ class Books:
         entry.last_plan = self.number
         entry.move(State.DRAINING)
         self.draining[entry.request.id] = entry
+        self.reserved -= entry.most_blocks
 
     def end(
         self,
@@ -193,7 +226,9 @@ class Books:
             waiting=len(self.queue),
             running=self.running,
             decoding=len(self.decode),
-            _gather=self.columns,
+            reserved=self.reserved,
+            caps_bind=self._enforce_caps,
+            gather=self.columns,
         )
 
     def columns(self) -> Columns:
@@ -230,6 +265,7 @@ class Books:
             assert self.ledger.used == 0, f"{self.ledger.used} KV blocks are held by nobody"
 
     def _stop_running(self, entry: Entry) -> None:
+        self.reserved -= entry.most_blocks
         if entry.state is State.DECODE:
             self.decode.leave(entry)
             entry.last_plan = self.number

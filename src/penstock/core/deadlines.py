@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -55,6 +56,11 @@ class Deadlines:
         if request.on_miss is OnMiss.KEEP or request.slo.gap is None or entry.generated == 0:
             return
         self._push(now + request.slo.gap, Promise.GAP, entry)
+
+    @property
+    def next(self) -> float:
+        """No deadline is due before; infinity if there is none."""
+        return self._heap[0][0] if self._heap else math.inf
 
     def due(self, now: float) -> list[Miss]:
         """Deadlines that have passed unmet, in order of time."""

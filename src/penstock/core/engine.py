@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from penstock.core.sampling import SamplingParams
 from penstock.core.types import Capabilities, RequestId, StepPlan, StepResult
 
+_DEFAULT = SamplingParams()
 
-@dataclass(frozen=True, slots=True)
-class Work:
+
+class Work(NamedTuple):
     """What an engine must know about a request and a scheduler must not.
 
     Attributes:
@@ -23,12 +23,11 @@ class Work:
     """
 
     prompt: Sequence[int]
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingParams = _DEFAULT
     trace_length: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """A plan in flight."""
 
     number: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -12,8 +14,6 @@ from penstock.core.memory import Holding, blocks_for
 from penstock.core.policies.base import OrderKey
 from penstock.core.snapshot import Ints
 from penstock.core.types import Request, RequestId
-
-_FIRST_ROWS = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +30,7 @@ class Entry:
         sampled_as: ``generated`` right after that.
         last_plan: number of the last plan that names it; while it decodes, not kept up to date.
         waited_since: when it last entered the waiting queue.
+        most_blocks: blocks for its prompt and its cap.
         why: why it is still waiting, if anyone said so.
     """
 
@@ -48,6 +49,7 @@ class Entry:
     last_plan: int = 0
     evictions: int = 0
     why: str = ""
+    most_blocks: int = 0
     holding: Holding = field(default_factory=Holding)
 
     @property
@@ -76,11 +78,13 @@ class DecodeSet:
         self._block_size = block_size
         self._crossing = [0] * block_size
         self._capped: dict[int, dict[Entry, None]] = {}
+        # The ticks that have a bucket, and some that had one.
+        self._cap_ticks: list[int] = []
         # One row per member, kept dense: whoever leaves is replaced by the last.
         self._members: list[Entry] = []
         self._names: list[RequestId] = []
         self._row: dict[RequestId, int] = {}
-        self._columns = np.zeros((4, _FIRST_ROWS), dtype=np.int64)
+        self._columns = _Rows()
         self._ids: tuple[RequestId, ...] | None = ()
 
     def __len__(self) -> int:
@@ -109,23 +113,64 @@ class DecodeSet:
         """Blocks that the next tick needs."""
         return self._crossing[-self.ticks % self._block_size]
 
+    def ticks_within(self, blocks: int) -> int:
+        """Ticks that ``blocks`` more blocks suffice for; perhaps not all of them.
+
+        A member enters a new block once in ``block_size`` ticks.
+        """
+        return blocks // len(self._members) * self._block_size
+
+    def ticks_to_cap(self) -> int | None:
+        """Ticks after which the first member reaches its cap; None if no cap is enforced."""
+        heap = self._cap_ticks
+        while heap:
+            if self._capped.get(heap[0]):
+                return heap[0] - self.ticks
+            self._capped.pop(heappop(heap), None)
+        return None
+
+    def coast(self, ticks: int) -> tuple[int, int]:
+        """Let ticks pass in which nobody reaches a cap.
+
+        Returns:
+            blocks they needed, and the sum over these ticks of the blocks needed so far.
+        """
+        size = self._block_size
+        if size == 1:
+            growth = self._crossing[0]
+            self.ticks += ticks
+            return ticks * growth, growth * ticks * (ticks + 1) // 2
+        needed = total = 0
+        for first in range(min(size, ticks)):
+            growth = self._crossing[-(self.ticks + first) % size]
+            # This residue's turn comes at first, first + size, ...; each time for the rest.
+            turns = (ticks - 1 - first) // size + 1
+            needed += growth * turns
+            total += growth * (turns * (ticks - first) - size * turns * (turns - 1) // 2)
+        self.ticks += ticks
+        return needed, total
+
     def tick(self) -> list[Entry]:
         """One token for everyone; returns those that reached their cap with it."""
         self.ticks += 1
-        return list(self._capped.pop(self.ticks, ()))
+        capped = self._capped.pop(self.ticks, None)
+        return list(capped) if capped else []
 
     def join(self, entry: Entry) -> None:
         """Let a request in whose chunk has just sampled; ``entry.base`` is set."""
-        request, row = entry.request, len(self._members)
-        if row == self._columns.shape[1]:
-            self._columns = np.concatenate((self._columns, np.zeros_like(self._columns)), axis=1)
-        self._columns[:, row] = entry.seq, request.prompt_tokens, entry.base, request.cap
-        self._row[request.id] = row
+        request = entry.request
+        self._row[request.id] = len(self._members)
+        self._columns.append(entry.seq, request.prompt_tokens, entry.base, request.cap)
         self._members.append(entry)
         self._names.append(request.id)
         self._crossing[self._residue(entry)] += 1
         if self._enforce_caps:
-            self._capped.setdefault(request.cap - entry.base, {})[entry] = None
+            tick = request.cap - entry.base
+            bucket = self._capped.get(tick)
+            if bucket is None:
+                bucket = self._capped[tick] = {}
+                heappush(self._cap_ticks, tick)
+            bucket[entry] = None
         self._ids = None
 
     def leave(self, entry: Entry) -> None:
@@ -135,10 +180,12 @@ class DecodeSet:
         if last is not entry:
             self._members[row], self._names[row] = last, name
             self._row[name] = row
-            self._columns[:, row] = self._columns[:, len(self._members)]
+        self._columns.remove(row)
         self._crossing[self._residue(entry)] -= 1
         # Those that a tick has just returned have no bucket any more.
-        self._capped.get(entry.request.cap - entry.base, {}).pop(entry, None)
+        bucket = self._capped.get(entry.request.cap - entry.base)
+        if bucket is not None:
+            bucket.pop(entry, None)
         entry.generated = entry.base + self.ticks
         entry.computed = entry.request.prompt_tokens + entry.generated - 1
         holding = entry.holding
@@ -147,9 +194,29 @@ class DecodeSet:
 
     def columns(self) -> tuple[Ints, Ints, Ints, Ints]:
         """(seq, prompt, generated, cap) of the members, in the order of :attr:`ids`."""
-        rows = self._columns[:, : len(self._members)].copy()
-        rows[2] += self.ticks
-        return rows[0], rows[1], rows[2], rows[3]
+        seq, prompt, base, cap = self._columns.arrays()
+        return seq, prompt, base + self.ticks, cap
 
     def _residue(self, entry: Entry) -> int:
         return (entry.request.prompt_tokens + entry.base - 1) % self._block_size
+
+
+class _Rows:
+    """Four columns of integers: cheap to change a row of, cheap to copy into arrays."""
+
+    def __init__(self) -> None:
+        self._columns = tuple(array("q") for _ in range(4))
+
+    def append(self, *row: int) -> None:
+        for column, value in zip(self._columns, row, strict=True):
+            column.append(value)
+
+    def remove(self, row: int) -> None:
+        """The last row takes the place of this one."""
+        for column in self._columns:
+            column[row] = column[-1]
+            column.pop()
+
+    def arrays(self) -> Iterator[Ints]:
+        # Copies: an array that shares its memory could not grow.
+        return (np.array(column, dtype=np.int64) for column in self._columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from penstock.core.engine import Engine, Ticket, Work
 from penstock.core.scheduler import Scheduler
@@ -12,20 +12,21 @@ from penstock.core.stats import Stats
 from penstock.core.types import Ended, FinishReason, Request, RequestId, Token
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What a step brought to the outside: valid tokens, then ends.
 
     ``tokens`` holds only tokens to deliver: those of requests that had already
     ended are left out.  A request's last token is in ``tokens`` of the same
     output whose ``ended`` names it.  ``seconds`` is what the engine measured for the
-    step, ``planning`` what the scheduler took for the plans made meanwhile.
+    step, ``planning`` what the scheduler took for the plans made meanwhile, ``steps`` how
+    often the engine ran the plan.
     """
 
     tokens: Mapping[RequestId, Token]
     ended: tuple[Ended, ...]
     seconds: float
     planning: float
+    steps: int = 1
 
 
 class Runtime:
@@ -55,7 +56,7 @@ class Runtime:
             raise ValueError(msg)
         self.scheduler.validate(request)
         self.engine.open(request.id, work)
-        self.scheduler.add(request, true_length=work.trace_length)
+        self.scheduler.enter(request, work.trace_length)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> bool:
         """End a request from outside; False if it has already ended or never was."""
@@ -73,13 +74,13 @@ class Runtime:
             self._flight.append(self.engine.submit(plan))
         if not self._flight:
             ended = self._take_ended()
-            return StepOutput({}, ended, 0.0, planning) if ended else None
+            return StepOutput({}, ended, 0.0, planning, 0) if ended else None
         result = self.engine.collect(self._flight.popleft())
         stale = self.scheduler.confirm(result)
         tokens = result.tokens
         if stale:
             tokens = {key: value for key, value in tokens.items() if key not in stale}
-        return StepOutput(tokens, self._take_ended(), result.seconds, planning)
+        return StepOutput(tokens, self._take_ended(), result.seconds, planning, result.steps)
 
     def stats(self) -> Stats:
         """The scheduler's state in numbers."""

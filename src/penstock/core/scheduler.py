@@ -9,7 +9,8 @@ served (when nothing runs, the head of the queue is admitted over any deferral).
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from penstock.core.admission import Admission, Draft
 from penstock.core.books import Books, Confirmed
@@ -32,8 +33,7 @@ from penstock.core.types import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A plan that is not confirmed: its tick, its chunks, and who reaches a cap in it."""
 
     number: int
@@ -81,6 +81,11 @@ class Scheduler:
         return self._step_blocks
 
     @property
+    def block_steps(self) -> int:
+        """Sum over all decode steps so far of the KV blocks that requests held in them."""
+        return self._books.block_steps
+
+    @property
     def evictions(self) -> int:
         """Evictions since the start."""
         return self._books.evictions
@@ -98,13 +103,19 @@ class Scheduler:
                 more keys than its prompt has full blocks.
         """
         self.validate(request)
+        self.enter(request, true_length)
+
+    def enter(self, request: Request, true_length: int | None = None) -> None:
+        """:meth:`add` for a caller that has just called :meth:`validate`."""
         if request.prefix and not self.capabilities.prefix_cache:
             request = replace(request, prefix=())
         books = self._books
         if true_length is not None:
             length = min(true_length, request.cap) if self._enforce_caps else true_length
             self.policy.admit.learn_true_length(request.id, length)
-        entry = Entry(request, self._arrivals, self.policy.order.key(request), request.arrival)
+        key = self.policy.order.key(request)
+        most = blocks_for(request.prompt_tokens + request.cap, self.capabilities.block_size)
+        entry = Entry(request, self._arrivals, key, request.arrival, most_blocks=most)
         self._arrivals += 1
         books.entries[request.id] = entry
         books.queue.push(entry)
@@ -139,17 +150,16 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """Make the next plan, or None if there is nothing to do (yet)."""
         books = self._books
-        for miss in books.deadlines.due(now):
-            # One request may miss two promises at once.
-            if miss.entry.state is not State.ENDED:
-                self._observe(books.missed(miss.entry, miss.detail))
+        if books.deadlines.next <= now:
+            self._act_on_misses(now)
         split = self.policy.share.split(books.view(now), self.capabilities.max_step_tokens)
         books.prefill_per_step = max(1, split.prefill)
         draft = Draft(now, books.leaving.drops, split.prefill)
         books.leaving.drops = []
         decodes = split.decode and self._make_room(draft)
-        for entry in list(books.prefill.values()):
-            draft.chunk(entry)
+        if books.prefill:
+            for entry in books.prefill.values():
+                draft.chunk(entry)
         for ended in self._admission.run(draft):
             self._observe(ended)
         return self._emit(draft, decodes=decodes)
@@ -178,11 +188,15 @@ class Scheduler:
             if chunk.id in result.failed:
                 for _, key in chunk.publish:
                     books.ledger.void(key)
-        books.confirmed = Confirmed(flight.number, flight.tick)
+        tick = flight.tick
+        if result.steps > 1:
+            books.coast(result.steps - 1)
+            tick += result.steps - 1
+        books.confirmed = Confirmed(books.number if result.steps > 1 else flight.number, tick)
         for request_id, keys in result.stopped.items():
             entry = books.entries.get(request_id)
             if entry is not None:
-                self._end(entry, FinishReason.STOP, entry.base + flight.tick, keys=keys)
+                self._end(entry, FinishReason.STOP, entry.base + tick, keys=keys)
         for entry in flight.capped:
             if entry.state is State.DRAINING:
                 self._end(entry, FinishReason.LENGTH, entry.generated)
@@ -258,17 +272,25 @@ class Scheduler:
         if msg:
             raise RequestError("max_tokens", msg)
 
+    def _act_on_misses(self, now: float) -> None:
+        for miss in self._books.deadlines.due(now):
+            # One request may miss two promises at once.
+            if miss.entry.state is not State.ENDED:
+                self._observe(self._books.missed(miss.entry, miss.detail))
+
     def _make_room(self, draft: Draft) -> bool:
         """Evict until one token more for each decoding request fits; False: sit this step out."""
         books = self._books
-        while books.decode.growth() > books.ledger.free:
+        growth = books.decode.growth()
+        while growth > books.ledger.free:
             if books.running == 1 and self._flights:
                 # It fits alone: what it waits for is the memory of steps in flight.
                 return False
             running = books.columns()
             victim = running.ids[self.policy.victim.choose(running)]
             draft.drops.append(books.evict(books.entries[victim], draft.now))
-        books.ledger.grow(books.decode.growth())
+            growth = books.decode.growth()
+        books.ledger.grow(growth)
         return len(books.decode) > 0
 
     def _emit(self, draft: Draft, *, decodes: bool) -> StepPlan | None:
@@ -282,21 +304,37 @@ class Scheduler:
         decode: tuple[RequestId, ...] = ()
         capped: list[Entry] = []
         if decodes:
+            books.block_steps += self._step_blocks
             decode = books.decode.ids
             capped = books.decode.tick()
             for entry in capped:
                 books.decode.leave(entry)
-        chunks = tuple([self._finish_chunk(*chunk) for chunk in draft.chunks])
-        capped.extend(entry for entry in draft.sampling if books.sampled(entry))
+        chunks: tuple[Chunk, ...] = ()
+        if draft.chunks:
+            chunks = tuple([self._finish_chunk(*chunk) for chunk in draft.chunks])
+            capped.extend([entry for entry in draft.sampling if books.sampled(entry)])
         for entry in capped:
             books.drain(entry)
         for drop in draft.drops:
             if drop.final:
                 books.leaving.ids.discard(drop.id)
         self._flights.append(_Flight(books.number, books.decode.ticks, chunks, capped))
+        repeat = self._repeat() if decodes and not chunks and not capped else 1
         return StepPlan(
-            books.number, tuple(draft.drops), forget, tuple(draft.starts), chunks, decode
-        )
+            books.number, tuple(draft.drops), forget, tuple(draft.starts), chunks, decode,
+            repeat, books.deadlines.next,
+        )  # fmt: skip
+
+    def _repeat(self) -> int:
+        """How often the plan just made, of decoding only, could be made again in a row."""
+        most = self.capabilities.max_repeat
+        books = self._books
+        # Those that this plan ended wait to be told; who sits in prefill without a chunk was
+        # left out by the share policy, for once.
+        if most == 1 or books.leaving.ended or books.prefill or not self.policy.share.steady:
+            return 1
+        further = min(books.quiet_steps(), self._admission.quiet_steps())
+        return int(max(1, min(most, 1 + further)))
 
     def _finish_chunk(self, entry: Entry, start: int, tokens: int) -> Chunk:
         """Name the blocks that a chunk fills, for others to share from the next plan on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +47,7 @@ class Columns:
         return self.prompt + self.generated - self.shared
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """The request at the head of the order, asking for KV memory.
 
     Attributes:
@@ -74,8 +74,7 @@ class Candidate:
         return self.request.prompt_tokens + self.generated - self.shared
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The state before a step.
 
     Attributes:
@@ -89,6 +88,12 @@ class Snapshot:
             plans overlap: until its end is known, then until the plans made meanwhile are
             confirmed.
         waiting, running, decoding: numbers of requests.
+        reserved: blocks that the running requests would hold with prompts and caps in full,
+            shared blocks counted for each holder: no forecast of them can exceed it, with
+            ``shared`` and ``lingering`` added.
+        caps_bind: whether requests end at their cap; False in studies in which policies are
+            told a cap that true lengths exceed.
+        gather: makes :attr:`columns`.
     """
 
     now: float
@@ -102,9 +107,11 @@ class Snapshot:
     waiting: int
     running: int
     decoding: int
-    _gather: Callable[[], Columns]
+    reserved: int
+    caps_bind: bool
+    gather: Callable[[], Columns]
 
     @property
     def columns(self) -> Columns:
-        """The running requests; gathered on first use after a change."""
-        return self._gather()
+        """The running requests."""
+        return self.gather()

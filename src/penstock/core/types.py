@@ -11,10 +11,12 @@ injects, KV memory is counted in blocks of ``Capabilities.block_size`` tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 RequestId: TypeAlias = str
 PrefixKey: TypeAlias = bytes
@@ -107,7 +109,9 @@ _COUNTS = (
     "max_step_tokens",
     "max_request_tokens",
     "depth",
+    "max_repeat",
 )
+_NOBODY: Mapping[RequestId, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,8 @@ class Capabilities:
         max_request_tokens: most prompt plus output tokens of one request.
         depth: plans that may be in flight (1: synchronous, 2: overlapped).
         prefix_cache: whether blocks can be shared between requests.
+        max_repeat: how often it can run one plan before it asks for the next (decode only);
+            more than 1 needs a depth of 1.
     """
 
     kv_blocks: int
@@ -131,6 +137,7 @@ class Capabilities:
     max_request_tokens: int
     depth: int = 1
     prefix_cache: bool = False
+    max_repeat: int = 1
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -138,6 +145,9 @@ class Capabilities:
             if value < 1:
                 msg = f"capabilities.{name} is {value}; it must be at least 1"
                 raise ValueError(msg)
+        if self.max_repeat > 1 and self.depth > 1:
+            msg = f"capabilities.max_repeat is {self.max_repeat}; it must be 1 with a depth above 1"
+            raise ValueError(msg)
 
     @property
     def kv_tokens(self) -> int:
@@ -145,8 +155,7 @@ class Capabilities:
         return self.kv_blocks * self.block_size
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(NamedTuple):
     """Give back all KV of a request before the step runs.
 
     ``final`` is False for an eviction (the request will start again and
@@ -159,8 +168,7 @@ class Drop:
     publish: tuple[tuple[int, PrefixKey], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """A request enters (again) with no KV of its own.
 
     ``cached`` are the keys of shared blocks that are its first blocks; its
@@ -173,8 +181,7 @@ class Start:
     cached: tuple[PrefixKey, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Compute the KV of tokens ``start .. start + tokens - 1`` of a request.
 
     Token indices count the prompt and then the generated tokens.  With
@@ -190,8 +197,7 @@ class Chunk:
     publish: tuple[tuple[int, PrefixKey], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """One forward pass.  An engine applies the fields in the order given here.
 
     Attributes:
@@ -203,6 +209,12 @@ class StepPlan:
         decode: requests that compute their newest token's KV and yield one
             token each.  The very same tuple object as in the previous plan
             when nothing changed, so an engine may compare by identity.
+        repeat: how often an engine may run it, drops and forgets only once, before it comes
+            back for another plan: as often as every plan to come would be this one.  It must
+            come back after the first run in which a request stops or fails, and after the
+            first that ends at ``until`` (seconds on the runtime's clock) or later.
+            1 unless ``Capabilities.max_repeat`` says that the engine can do it.
+        until: see ``repeat``.
     """
 
     number: int
@@ -211,6 +223,8 @@ class StepPlan:
     starts: tuple[Start, ...]
     chunks: tuple[Chunk, ...]
     decode: tuple[RequestId, ...]
+    repeat: int = 1
+    until: float = math.inf
 
     @property
     def tokens(self) -> int:
@@ -227,8 +241,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What came of a plan.
 
     Attributes:
@@ -240,17 +253,19 @@ class StepResult:
             The value holds the keys of all their full blocks, or nothing if
             the engine does not share blocks.
         failed: requests the engine had to give up, with the reason.
+        steps: how often it ran the plan, at most ``StepPlan.repeat``; ``seconds`` is for all of
+            them, ``stopped`` and ``tokens`` are the last one's.
     """
 
     number: int
     seconds: float
     tokens: Mapping[RequestId, Token]
     stopped: Mapping[RequestId, tuple[PrefixKey, ...]]
-    failed: Mapping[RequestId, str] = field(default_factory=dict)
+    failed: Mapping[RequestId, str] = _NOBODY
+    steps: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """A request's end: exactly one per request ever added."""
 
     id: RequestId

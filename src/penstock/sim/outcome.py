@@ -21,7 +21,7 @@ def attempt_of(record: Record) -> Attempt:
     job, ended = record.job, record.ended
     end = _ENDS[ended.reason]
     return Attempt(
-        request=job.index,
+        request=job.request,
         number=job.attempt,
         slo_class=job.slo_class,
         prompt_tokens=job.prompt,

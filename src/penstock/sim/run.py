@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from penstock.bench.goodput import Latency, Timeline, latency_of
+from penstock.bench.goodput import Latency
 from penstock.core.engine import Work
 from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies.base import Policy
-from penstock.core.runtime import Runtime
+from penstock.core.runtime import Runtime, StepOutput
 from penstock.core.scheduler import Scheduler
-from penstock.core.types import SLO, Capabilities, Ended, OnMiss, Request, RequestId
+from penstock.core.types import SLO, Capabilities, Ended, OnMiss, Request, RequestId, StepPlan
 from penstock.sim.clock import VirtualClock
-from penstock.sim.engine import SimEngine, Stretch
+from penstock.sim.engine import SimEngine
+from penstock.sim.ticks import TickTimes
+from penstock.sim.track import Track
 
-NO_LATENCY = Latency(None, None, None, None)
+_NO_SLO = SLO()
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """A request to simulate.
 
     Attributes:
@@ -28,7 +32,7 @@ class Job:
         arrival: when it comes, in seconds.
         prompt, output: tokens; the output is its true length, hidden from policies.
         cap: what policies are told.
-        index: of the request in its workload; ``attempt`` counts the tries at it, from 0.
+        request: its index in its workload; ``attempt`` counts the tries at it, from 0.
     """
 
     id: RequestId
@@ -36,12 +40,12 @@ class Job:
     prompt: int
     output: int
     cap: int
-    slo: SLO = field(default_factory=SLO)
+    slo: SLO = _NO_SLO
     slo_class: str = "default"
     on_miss: OnMiss = OnMiss.KEEP
     priority: int = 0
     prefix: tuple[bytes, ...] = ()
-    index: int = 0
+    request: int = 0
     attempt: int = 0
 
 
@@ -61,20 +65,29 @@ class Source(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Record:
+class Record(NamedTuple):
     """What became of a job.
 
     Attributes:
         at: when it ended, in seconds.
-        latency: TTFT, TPOT, gap and e2e as its client saw them.
+        track: its tokens.
     """
 
     job: Job
     ended: Ended
     at: float
-    stretches: list[Stretch] = field(default_factory=list)
-    latency: Latency = NO_LATENCY
+    track: Track
+
+    @property
+    def latency(self) -> Latency:
+        """TTFT, TPOT, gap and e2e as its client saw them."""
+        track, sent = self.track, self.job.arrival
+        first, last = track.first_at, track.last_at
+        if first is None or last is None:
+            return Latency(None, None, None, None)
+        rest = self.ended.output_tokens - 1
+        tpot = (last - first) / rest if rest > 0 else None
+        return Latency(first - sent, tpot, track.gap if rest > 0 else None, last - sent)
 
 
 @dataclass(slots=True)
@@ -83,7 +96,7 @@ class Run:
 
     Attributes:
         records: by request, in the order in which they ended.
-        tick_times: when each decode step ended; index 0 is the start.
+        ticks: when decode steps ended.
         seconds: simulated time.
         steps: steps with work in them.
         memory: mean share of the KV memory in use over decode steps.
@@ -91,7 +104,7 @@ class Run:
     """
 
     records: list[Record]
-    tick_times: list[float]
+    ticks: TickTimes
     seconds: float
     steps: int
     memory: float
@@ -100,10 +113,34 @@ class Run:
     @property
     def decode_steps(self) -> int:
         """Steps in which someone decoded."""
-        return len(self.tick_times) - 1
+        return self.ticks.count
+
+    def token_times(self, record: Record) -> list[float]:
+        """When each output token of a request came, in seconds, in order."""
+        times: list[float] = []
+        for stretch in record.track.stretches:
+            if stretch.sampled_at is not None:
+                times.append(stretch.sampled_at)
+            times.extend(self.ticks.times(stretch.first, stretch.last))
+        return times
 
 
-Watch = Callable[[Runtime, SimEngine], None]
+class Seen(NamedTuple):
+    """What a watcher is shown after a step, or after a stretch of steps in which nothing changed.
+
+    Attributes:
+        plan: the plan that was run, ``output.steps`` times.
+        began, now: seconds before and after.
+    """
+
+    scheduler: Scheduler
+    plan: StepPlan
+    output: StepOutput
+    began: float
+    now: float
+
+
+Watch = Callable[[Seen], None]
 
 
 def run(
@@ -119,64 +156,65 @@ def run(
 
     Args:
         enforce_caps: end requests at their cap, as servers do.
-        watch: called after every step.
+        watch: called after every step, or stretch of steps in which nothing changed.
     """
     clock = VirtualClock()
     engine = SimEngine(capabilities, latency, clock)
-    scheduler = Scheduler(capabilities, policy, enforce_caps=enforce_caps)
+    scheduler = Scheduler(engine.capabilities, policy, enforce_caps=enforce_caps)
     runtime = Runtime(scheduler, engine, clock)
-    jobs: dict[RequestId, Job] = {}
+    with _no_collections():
+        records, steps = _loop(source, runtime, engine, clock, watch)
+    ticks = engine.ticks
+    share = scheduler.block_steps / ticks.count / capabilities.kv_blocks if ticks.count else 0.0
+    return Run(records, ticks, clock.now, steps, share, scheduler.evictions)
+
+
+def _loop(
+    source: Source, runtime: Runtime, engine: SimEngine, clock: VirtualClock, watch: Watch | None
+) -> tuple[list[Record], int]:
+    """Until the source is dry; the records, and the number of steps."""
+    open_jobs: dict[RequestId, tuple[Job, Track]] = {}
     records: list[Record] = []
-    used = steps = 0
+    steps = 0
     while True:
         for job in source.due(clock.now):
-            jobs[job.id] = job
             _add(runtime, job)
-        ticks = engine.ticks
+            open_jobs[job.id] = (job, engine.track(job.id))
+        arrival = source.next_arrival()
+        engine.wake_at = math.inf if arrival is None else arrival
+        began = clock.now
         output = runtime.step()
         if output is None:
-            arrival = source.next_arrival()
             if arrival is None:
-                break
+                return records, steps
             clock.advance_to(arrival)
             continue
-        steps += 1
-        if engine.ticks != ticks:
-            used += scheduler.step_blocks
+        steps += output.steps
         for ended in output.ended:
-            record = Record(jobs.pop(ended.id), ended, clock.now)
+            job, track = open_jobs.pop(ended.id)
+            engine.settle(track)
+            record = Record(job, ended, clock.now, track)
             records.append(record)
             source.ended(record, clock.now)
-        if watch is not None:
-            watch(runtime, engine)
-    for record in records:
-        record.stretches = engine.stretches.pop(record.job.id)
-        times = token_times(record, engine.tick_times)
-        record.latency = latency_of(Timeline(record.job.arrival, times, len(times)))
-    share = used / engine.ticks / capabilities.kv_blocks if engine.ticks else 0.0
-    return Run(records, engine.tick_times, clock.now, steps, share, scheduler.evictions)
+        if watch is not None and engine.plan is not None:
+            watch(Seen(runtime.scheduler, engine.plan, output, began, clock.now))
 
 
 def _add(runtime: Runtime, job: Job) -> None:
     request = Request(
-        job.id,
-        job.prompt,
-        job.cap,
-        job.arrival,
-        slo=job.slo,
-        slo_class=job.slo_class,
-        priority=job.priority,
-        on_miss=job.on_miss,
-        prefix=job.prefix,
-    )
+        job.id, job.prompt, job.cap, job.arrival, job.slo, job.slo_class, job.priority,
+        job.on_miss, job.prefix,
+    )  # fmt: skip
     runtime.add(request, Work(range(job.prompt), trace_length=job.output))
 
 
-def token_times(record: Record, tick_times: list[float]) -> list[float]:
-    """When each output token of a request came, in seconds, in order."""
-    times: list[float] = []
-    for stretch in record.stretches:
-        if stretch.sampled_at is not None:
-            times.append(stretch.sampled_at)
-        times.extend(tick_times[stretch.first : stretch.last + 1])
-    return times
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Hold the cyclic garbage collector back: it would walk all records again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

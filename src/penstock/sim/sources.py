@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 from penstock.sim.run import Job, Record
@@ -64,7 +63,7 @@ class ClosedLoop:
         """One job for each idle client."""
         jobs = []
         while self._jobs and self._idle:
-            jobs.append(replace(self._jobs.popleft(), arrival=now))
+            jobs.append(self._jobs.popleft()._replace(arrival=now))
             self._idle -= 1
         return jobs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from penstock.core.snapshot import Candidate, Columns, Snapshot
 from penstock.core.types import Ended, Request
@@ -72,8 +72,7 @@ class AdmitPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """How a step's tokens are shared out.
 
     ``decode``: whether the decoding requests advance.  ``prefill``: most tokens for chunks.
@@ -84,7 +83,17 @@ class Split:
 
 
 class SharePolicy(Protocol):
-    """How many tokens does each admitted request get in this step?"""
+    """How many tokens does each admitted request get in this step?
+
+    Attributes:
+        steady: whether the answer depends on who runs only, not on the time or on how far
+            they are: while nobody comes or goes, it need not be asked again.
+    """
+
+    @property
+    def steady(self) -> bool:
+        """See the class."""
+        ...
 
     def split(self, view: Snapshot, max_step_tokens: int) -> Split:
         """Divide at most ``max_step_tokens``."""

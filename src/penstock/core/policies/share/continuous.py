@@ -26,6 +26,8 @@ class Continuous:
 
     token_budget: int = 0
 
+    steady = True
+
     def __post_init__(self) -> None:
         if self.token_budget < 0:
             msg = f"token_budget is {self.token_budget}; it must be 0 (the engine's limit) or more"
