@@ -189,15 +189,17 @@ def _loop(
                 return records, steps
             clock.advance_to(arrival)
             continue
-        steps += output.steps
+        plan = engine.plan
+        if plan is not None and (plan.decode or plan.chunks):
+            steps += output.steps
         for ended in output.ended:
             job, track = open_jobs.pop(ended.id)
             engine.settle(track)
             record = Record(job, ended, clock.now, track)
             records.append(record)
             source.ended(record, clock.now)
-        if watch is not None and engine.plan is not None:
-            watch(Seen(runtime.scheduler, engine.plan, output, began, clock.now))
+        if watch is not None and plan is not None:
+            watch(Seen(runtime.scheduler, plan, output, began, clock.now))
 
 
 def _add(runtime: Runtime, job: Job) -> None:
