@@ -16,10 +16,20 @@ if TYPE_CHECKING:
     from penstock.core.scheduler import Scheduler
     from penstock.core.types import SLO, Request
     from penstock.llm import LLM
+    from penstock.sim.simulation import simulate
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "SLO", "Request", "SamplingParams", "Scheduler", "__version__", "presets"]
+__all__ = [
+    "LLM",
+    "SLO",
+    "Request",
+    "SamplingParams",
+    "Scheduler",
+    "__version__",
+    "presets",
+    "simulate",
+]
 
 _HOMES = MappingProxyType(
     {
@@ -29,6 +39,7 @@ _HOMES = MappingProxyType(
         "SamplingParams": "penstock.core.sampling",
         "Scheduler": "penstock.core.scheduler",
         "presets": "penstock.core.policies.presets",
+        "simulate": "penstock.sim.simulation",
     }
 )
 

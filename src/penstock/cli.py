@@ -35,6 +35,11 @@ app.command(
     help="Drive an OpenAI-compatible endpoint and report goodput and attainment.",
 )
 app.command(
+    "penstock.sim.command:simulate",
+    name="simulate",
+    help="Simulate presets on a load: the same scheduler on a virtual clock.",
+)
+app.command(
     "penstock.bench.demo:demo",
     name="demo",
     help="Show what admission does to goodput, on this machine, with the included model.",

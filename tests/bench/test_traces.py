@@ -91,7 +91,9 @@ def test_rows_out_of_order_are_sorted_and_it_is_said(tmp_path: Path) -> None:
     made = load(write(tmp_path, "p.csv", "arrival_s,prompt_tokens,output_tokens\n9,1,2\n7,3,4\n"))
     assert made.prompt.tolist() == [3, 1]
     assert made.arrival.tolist() == [0, 2]
-    assert made.notes == ("rows sorted by time",)
+    assert made.notes == (
+        "rows sorted by time: line 3, column 'arrival_s', is before the line above it",
+    )
 
 
 def bad(text: str, old: str, new: str) -> str:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 MOONCAKE_BLOCK = 512
 """Prompt tokens behind one of Mooncake's hash ids."""
 
+SORTED = "rows sorted by time"
+"""How the note begins that says so, and names the first row out of order."""
+
 
 class TraceError(ValueError):
     """A trace file that cannot be used as it stands."""
@@ -87,6 +90,9 @@ def load(path: Path) -> Workload:
     if not keep.any():
         _refuse(path, "has only failed requests (0 tokens)")
     arrival = _arrivals(path, frame, form, first)
+    if arrival is not None and (np.diff(arrival) < 0).any():
+        line = int(np.argmax(np.diff(arrival) < 0)) + 1 + first
+        notes.append(f"{SORTED}: line {line}, column {form.time!r}, is before the line above it")
     hash_ids = _hash_ids(path, frame) if "hash_ids" in frame.columns else None
     workload = Workload(
         source=f"{path.name} ({form.name})",
@@ -238,7 +244,6 @@ def _in_order(workload: Workload, *, spread: bool) -> Workload:
     if (np.diff(times) < 0).any():
         workload = workload.take(np.argsort(times, kind="stable"))
         times = np.sort(times)
-        notes.append("rows sorted by time")
     stamps, counts = np.unique(times, return_counts=True)
     if spread and counts.max() > 1 and len(stamps) > 1:
         steps = np.append(np.diff(stamps), np.median(np.diff(stamps)))

@@ -19,6 +19,7 @@ import msgspec
 from penstock import __version__
 from penstock.bench.command import LoadOptions, WorkloadOptions, build_workload
 from penstock.bench.goodput import Summary, summarize
+from penstock.bench.traces import SORTED
 from penstock.bench.workload import Workload, parse_slo
 from penstock.core.forecast.latency.affine import DecodeSteps
 from penstock.core.forecast.latency.base import LatencyModel
@@ -28,6 +29,7 @@ from penstock.core.types import Capabilities, OnMiss
 from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Job, Run, Source, Watch, run
 from penstock.sim.sources import ClosedLoop, OpenLoop
+from penstock.sim.study import study_policy
 
 
 class SpecError(ValueError):
@@ -269,13 +271,26 @@ def workload_of(spec: RunSpec) -> Workload:
     )
     load = LoadOptions(clients=spec.clients, rate=spec.rate, arrivals=spec.arrivals)
     made = build_workload(options, load).with_classes(parse_slo(spec.slo), spec.seed)
+    check_workload(spec, made)
+    return made
+
+
+def check_workload(spec: RunSpec, made: Workload) -> None:
+    """Refuse what cannot be simulated.
+
+    Raises:
+        SpecError: no output lengths, a trace out of order, or a request that can never fit.
+    """
     if made.output is None:
         msg = "output is 'model'; a simulation needs output lengths"
         raise SpecError(msg)
+    for note in made.notes if spec.arrivals == "trace" else ():
+        if note.startswith(SORTED):
+            msg = f"trace {spec.trace} is not in order of time; {note.removeprefix(SORTED)[2:]}"
+            raise SpecError(msg)
     longest = made.prompt + (spec.cap or int(made.output.max()))
     if int(longest.max()) - 1 > spec.kv_tokens:
         _refuse_large(spec, made, int(longest.argmax()))
-    return made
 
 
 def jobs_of(spec: RunSpec, workload: Workload) -> list[Job]:
@@ -314,7 +329,8 @@ def policy_of(spec: RunSpec) -> Policy:
         if name in parameters:
             msg = f"parameters has {name!r}, which is no parameter of a preset"
             raise SpecError(msg)
-    return presets.build(spec.preset, seed=spec.seed, period=spec.plan_every, **parameters)
+    build = study_policy if spec.steps_only else presets.build
+    return build(spec.preset, seed=spec.seed, period=spec.plan_every, **parameters)
 
 
 def latency_model(spec: RunSpec) -> LatencyModel:

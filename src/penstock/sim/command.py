@@ -1,0 +1,261 @@
+"""``penstock simulate``: the production scheduler on a virtual clock, from the command line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from cyclopts import Parameter
+
+from penstock import __version__
+from penstock.bench.result import machine, seconds, share
+from penstock.bench.workload import Workload
+from penstock.core.policies.presets import PRESETS
+from penstock.sim.simulation import Simulation, simulation_of
+from penstock.sim.spec import RunSpec, SpecError, workload_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = 1
+_ALL = 10**9  # more clients than requests: all of them wait from the start
+
+
+@Parameter(name="*", negative="")
+@dataclass(frozen=True)
+class RequestOptions:
+    """What is asked for, and when; the same options as those of ``penstock bench``.
+
+    Attributes:
+        trace: A trace file (Azure, BurstGPT, Mooncake, ShareGPT-o1 or plain; .gz too).
+        lengths: Real lengths that come with penstock: sharegpt-o1 or azure-conversation.
+        input: Prompt lengths: 512, 32-4096 (uniform) or lognormal:MEDIAN,SIGMA[,MAX].
+        output: Output lengths in the same notation.
+        scale: Multiply all lengths by this, at most 1.
+        requests: How many; by default all of a trace, else 200.
+        cap: What policies are told of output lengths; by default the longest output. With a
+            latency model outputs are cut there.
+        clients: Closed loop: so many clients with one request each at a time.
+        rate: Open loop: requests per second.
+        arrivals: Open loop: poisson, gamma:CV, or trace for the trace's own times.
+        speed: Open loop: divide the times by this.
+        slo: Bounds in seconds, as ttft=2,gap=0.5,tpot=0.1,e2e=60; repeat with NAME*WEIGHT: in
+            front for a mix of classes.
+        seed: The same seed gives the same requests, arrivals and plans.
+    """
+
+    trace: Path | None = None
+    lengths: str | None = None
+    input: str | None = None
+    output: str | None = None
+    scale: float = 1.0
+    requests: int | None = None
+    cap: int | None = None
+    clients: int | None = None
+    rate: float | None = None
+    arrivals: str | None = None
+    speed: float = 1.0
+    slo: Annotated[list[str] | None, Parameter(negative="", consume_multiple=False)] = None
+    seed: int = 0
+
+
+@Parameter(name="*", negative="")
+@dataclass(frozen=True)
+class MachineOptions:
+    """What serves them.
+
+    Attributes:
+        preset: Scheduling presets, separated by commas; see 'penstock presets'.
+        parameters: Overrides of the presets' parameters, as --parameters.reserve 0.05; each
+            goes to the presets that have it.
+        cold_start: The same as --parameters.cold_start.
+        plan_every: Steps from one admission pass to the next; by default the preset's.
+        kv_tokens: KV memory, in tokens.
+        block_size: Tokens per KV block.
+        max_batch: Most requests in a step.
+        prefill_budget: Most tokens in a step; prompts are cut into chunks that fit.
+        profile: Step times: the name of a model and GPU, or a profile's file.
+        steps_only: No step times: a decode step is the unit and admission costs none. All
+            requests wait from the start unless --clients or --rate is given, outputs are not
+            cut at the cap, Past-Future starts with 512 as the past (--cold-start), and
+            numbers are taken until nobody waits any more.
+    """
+
+    preset: str = "past-future"
+    parameters: dict[str, float] | None = None
+    cold_start: int | None = None
+    plan_every: int | None = None
+    kv_tokens: int | None = None
+    block_size: int = 1
+    max_batch: int = 1024
+    prefill_budget: int = 2048
+    profile: str | None = None
+    steps_only: bool = False
+
+
+def simulate(
+    *,
+    requests: RequestOptions | None = None,
+    machine_options: MachineOptions | None = None,
+    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+) -> int:
+    """Simulate scheduling presets on a load: the production scheduler on a virtual clock.
+
+    The exit code is 0 if requests finished under every preset, 1 if not, 2 if options are wrong.
+
+    Args:
+        requests: What is asked for.
+        machine_options: What serves them.
+        json: Write all numbers to this file; - writes only JSON to standard output.
+    """
+    try:
+        specs = specs_of(requests or RequestOptions(), machine_options or MachineOptions())
+        workload = workload_of(specs[0])
+        done = [simulation_of(spec, workload) for spec in specs]
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"penstock simulate: {error}\n")
+        return 2
+    _report(done, workload, json)
+    return 0 if all(one.summary.finished for one in done) else 1
+
+
+def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
+    """One specification per preset.
+
+    Raises:
+        ValueError: options that do not go together, or a parameter that no preset has.
+    """
+    names = [name.strip() for name in given.preset.split(",")]
+    overrides: dict[str, float | None] = dict(given.parameters or {})
+    if given.cold_start is not None:
+        overrides["cold_start"] = given.cold_start
+    known = {name: PRESETS[name].parameters if name in PRESETS else {} for name in names}
+    for parameter in overrides:
+        if not any(parameter in parameters for parameters in known.values()):
+            msg = f"--parameters.{parameter}: none of the presets {given.preset} has it"
+            raise SpecError(msg)
+    if given.kv_tokens is None:
+        msg = "--kv-tokens is needed: the KV memory, in tokens"
+        raise SpecError(msg)
+    if given.profile is None and not given.steps_only:
+        msg = "give --profile (step times of a model on a GPU), or --steps-only"
+        raise SpecError(msg)
+    clients, arrivals = _loop(asked, steps_only=given.steps_only)
+    return [
+        RunSpec(
+            preset=name,
+            parameters={k: v for k, v in overrides.items() if k in known[name]},
+            trace=None if asked.trace is None else str(asked.trace),
+            lengths=asked.lengths,
+            input=_lengths(asked.input),
+            output=_lengths(asked.output),
+            scale=asked.scale,
+            requests=asked.requests,
+            clients=clients,
+            rate=asked.rate,
+            arrivals=arrivals,
+            speed=asked.speed,
+            slo=tuple(asked.slo or ()),
+            cap=asked.cap,
+            kv_tokens=given.kv_tokens,
+            block_size=given.block_size,
+            max_batch=given.max_batch,
+            prefill_budget=given.prefill_budget,
+            plan_every=given.plan_every,
+            profile=given.profile,
+            steps_only=given.steps_only,
+            seed=asked.seed,
+        )
+        for name in names
+    ]
+
+
+def _loop(asked: RequestOptions, *, steps_only: bool) -> tuple[int | None, str | None]:
+    """Clients and arrivals, with defaults where neither loop was asked for."""
+    if asked.clients is not None or asked.rate is not None or asked.arrivals is not None:
+        return asked.clients, asked.arrivals
+    if steps_only:
+        return asked.requests or _ALL, None
+    return None, "trace" if asked.trace is not None else None
+
+
+def _lengths(text: str | None) -> str | None:
+    """``32-4096`` is short for ``uniform:32-4096``."""
+    if text is not None and re.fullmatch(r"\d+-\d+", text):
+        return f"uniform:{text}"
+    return text
+
+
+def _report(done: Sequence[Simulation], workload: Workload, json: str | None) -> None:
+    if json is not None:
+        data = {
+            "schema": SCHEMA,
+            "penstock": __version__,
+            "command": " ".join(sys.argv),
+            "source": workload.source,
+            "settings": {k: v for k, v in msgspec.to_builtins(done[0].spec).items() if v},
+            "notes": list(done[0].summary.notes),
+            "machine": machine(),
+            "runs": [one.to_dict() for one in done],
+        }
+        text = msgspec.json.format(msgspec.json.encode(data), indent=1)
+        if json == "-":
+            sys.stdout.write(text.decode() + "\n")
+            return
+        Path(json).write_bytes(text + b"\n")
+    from rich.console import Console
+
+    console = Console()
+    console.print(_table(done, workload))
+    for note in done[0].summary.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _table(done: Sequence[Simulation], workload: Workload) -> Table:
+    from rich.table import Table
+
+    view = Table(title=f"{workload.source}, {len(workload)} requests", title_justify="left")
+    rows = [_study_row(one) if one.behaviour else _timed_row(one) for one in done]
+    for i, head in enumerate(rows[0]):
+        view.add_column(head, justify="left" if i == 0 else "right")
+    for row in rows:
+        view.add_row(*row.values())
+    return view
+
+
+def _study_row(one: Simulation) -> dict[str, str]:
+    study, summary = one.behaviour, one.summary
+    assert study is not None
+    return {
+        "preset": one.spec.policy_name,
+        "decode steps": f"{study.decode_steps:,}",
+        "KV used": share(study.memory),
+        "true peak": share(study.peak),
+        "evicted": share(summary.evicted_ratio),
+        "finished": str(summary.finished),
+        "took": seconds(summary.wall_s),
+    }
+
+
+def _timed_row(one: Simulation) -> dict[str, str]:
+    summary = one.summary
+
+    def p99(name: str) -> str:
+        return seconds(summary.latency[name]["p99"]) if name in summary.latency else "-"
+
+    return {
+        "preset": one.spec.policy_name,
+        "goodput tok/s": f"{summary.goodput_output_tps:.0f}",
+        "attainment": share(summary.attainment),
+        "throughput tok/s": f"{summary.throughput_output_tps:.0f}",
+        **{f"p99 {name}": p99(name) for name in ("ttft", "tpot", "gap")},
+        "evicted": share(summary.evicted_ratio),
+        "KV used": share(summary.memory),
+        "finished": str(summary.finished),
+        "took": seconds(summary.wall_s),
+    }

@@ -1,0 +1,115 @@
+"""``penstock simulate``: its flags and keys are a contract for other tools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cyclopts
+import pytest
+
+from penstock.sim.command import simulate
+
+app = cyclopts.App(name="penstock", result_action="return_value")
+app.command(simulate)
+STUDY = "--kv-tokens 9000 --plan-every 10 --prefill-budget 3000 --steps-only --seed 1"
+
+
+def penstock(words: str) -> int:
+    return app(["simulate", *words.split()], exit_on_error=False)
+
+
+def runs_of(words: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    assert penstock(f"{words} --json -") == 0
+    out = capsys.readouterr()
+    assert out.err == ""
+    return json.loads(out.out)["runs"]
+
+
+def test_the_study_prints_one_json_object_and_nothing_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = "--requests 80 --input 32-409 --output 204-500 --cap 409"
+    runs = runs_of(f"--preset past-future,vllm,tgi,oracle {load} {STUDY}", capsys)
+    assert [run["preset"] for run in runs] == ["past-future", "vllm", "tgi", "oracle"]
+    for run in runs:
+        assert run["seed"] == 1
+        assert run["finished"] == 80
+        assert 0 < run["memory_utilization"] <= 1
+        assert run["memory_utilization"] <= run["peak_memory"]
+        assert run["evicted_ratio"] == run["evictions"] / 80
+        assert 0 < run["decode_steps"] < run["all_decode_steps"]
+        assert run["wall_s"] > 0
+    by_name = {run["preset"]: run for run in runs}
+    assert by_name["oracle"]["evictions"] == by_name["tgi"]["evictions"] == 0
+    assert by_name["tgi"]["memory_utilization"] < by_name["oracle"]["memory_utilization"]
+    assert by_name["vllm"]["evictions"] > by_name["past-future"]["evictions"]
+
+
+def test_same_seed_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--requests 40 --input 32-409 --output 204-409 {STUDY}"
+    first, again = runs_of(words, capsys), runs_of(words, capsys)
+    other = runs_of(words.replace("--seed 1", "--seed 2"), capsys)
+    for (run,) in (first, again, other):
+        run.pop("wall_s")
+    assert first == again
+    assert other[0]["decode_steps"] != first[0]["decode_steps"]
+
+
+def test_parameters_go_to_the_presets_that_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--requests 40 --input 32-409 --output 204-409 {STUDY} --preset past-future,vllm"
+    usual = runs_of(words, capsys)
+    changed = runs_of(f"{words} --parameters.reserve 0.3 --cold-start 409", capsys)
+    assert changed[0]["parameters"] == {"reserve": 0.3, "cold_start": 409}
+    assert changed[0]["decode_steps"] > usual[0]["decode_steps"]
+    assert changed[1]["parameters"] == {}
+    assert changed[1]["decode_steps"] == usual[1]["decode_steps"]
+
+
+def test_without_json_there_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "r.json"
+    assert penstock(f"--requests 20 --input 50 --output 20 {STUDY} --json {target}") == 0
+    assert "past-future" in capsys.readouterr().out
+    assert json.loads(target.read_text())["runs"][0]["finished"] == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps-only --input 5", "--kv-tokens is needed"),
+        ("--kv-tokens 100 --input 5", "give --profile"),
+        (f"{STUDY} --preset vllm --parameters.window 40", "none of the presets vllm has it"),
+        (f"{STUDY} --preset best --input 5", "preset 'best' is unknown"),
+        (f"{STUDY} --input 5-x", "'5-x' is not understood"),
+        (f"{STUDY} --input 5 --cap 9100", r"can never fit kv_tokens"),
+        (f"{STUDY} --trace nowhere.csv", "nowhere.csv"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert penstock(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arrival_s,prompt_tokens\n0,3\n", "has the columns arrival_s, prompt_tokens"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,-3,4\n", "line 2, column 'prompt_tokens'"),
+        (
+            "arrival_s,prompt_tokens,output_tokens\n5,3,4\n2,3,4\n",
+            "line 3, column 'arrival_s', is before the line above it",
+        ),
+        ("arrival_s,prompt_tokens,output_tokens\n0,3,4\n1,9999,4\n", "request 1 "),
+    ],
+)
+def test_a_bad_trace_is_refused_by_file_and_row(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text(text, encoding="utf-8")
+    assert penstock(f"--trace {trace} --arrivals trace {STUDY}") == 2
+    error = capsys.readouterr().err
+    assert "t.csv" in error
+    assert message in error
