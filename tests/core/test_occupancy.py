@@ -64,8 +64,8 @@ def test_nobody_needs_nothing() -> None:
     nobody = np.zeros((3, 0), dtype=np.int64)
     for block_size in (1, 16):
         future = Occupancy(ints([]), nobody, block_size)
-        assert future.peaks.tolist() == [0, 0, 0]
-        assert future.with_candidate(5, ints([0, 1, 20])).tolist() == [
+        assert future.peaks == [0, 0, 0]
+        assert future.with_candidate(5, [0, 1, 20]) == [
             walked([(5, steps)], block_size) for steps in (0, 1, 20)
         ]
 
@@ -96,11 +96,12 @@ def test_joining_one_by_one_is_the_same_as_starting_together(
     for more, further in joining:
         joined = [[*pairs_, (more, step)] for pairs_, step in zip(there, further, strict=True)]
         expected = [walked(pairs_, block_size) for pairs_ in joined]
-        before = future.peaks.tolist()
-        assert future.with_candidate(more, ints(further)).tolist() == expected
-        assert future.peaks.tolist() == before, "asking must not change anything"
-        future.add(more, ints(further))
-        assert future.peaks.tolist() == expected
+        assert future.at_most(more, further) >= max(expected)
+        before = future.peaks
+        assert future.with_candidate(more, further) == expected
+        assert future.peaks == before, "asking must not change anything"
+        future.add(more, further)
+        assert future.peaks == expected
         there = joined
 
 
@@ -111,6 +112,6 @@ def test_a_candidate_that_does_not_join_is_forgotten(
     tokens, steps, joining = load
     matrix = np.array(steps, dtype=np.int64).reshape(len(steps), len(tokens))
     future = Occupancy(ints(tokens), matrix, block_size)
-    answers = [future.with_candidate(more, ints(further)).tolist() for more, further in joining]
-    again = [future.with_candidate(more, ints(further)).tolist() for more, further in joining]
+    answers = [future.with_candidate(more, further) for more, further in joining]
+    again = [future.with_candidate(more, further) for more, further in joining]
     assert answers == again

@@ -70,7 +70,7 @@ def snapshot(
         decoding=len(rows),
         reserved=sum(-(-(row.prompt + row.cap) // block_size) for row in rows),
         caps_bind=True,
-        gather=lambda: made,
+        gather=lambda count: made,  # noqa: ARG005
     )
 
 
@@ -95,4 +95,5 @@ def candidate(
         shared=shared,
         blocks=blocks,
         lag=lag,
+        most_blocks=-(-(prompt + cap) // block_size),
     )

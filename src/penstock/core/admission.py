@@ -142,6 +142,7 @@ class Admission:
             shared=held * size,
             blocks=blocks_for(entry.total, size) - held,
             lag=-(-rest // self._books.prefill_per_step),
+            most_blocks=entry.most_blocks,
         )
 
     def _hits(self, entry: Entry) -> tuple[int, int]:

@@ -231,15 +231,16 @@ class Books:
             gather=self.columns,
         )
 
-    def columns(self) -> Columns:
-        """The running requests: those that decode, then those in prefill."""
+    def columns(self, count: int | None = None) -> Columns:
+        """The first ``count`` running requests: those that decode, then those in prefill."""
         seq, prompt, generated, cap = self.decode.columns()
-        decoding = len(seq)
-        shared = np.zeros(decoding + len(self.prefill), dtype=np.int64)
-        lag = np.zeros_like(shared)
-        size = self.ledger.block_size
-        if self.prefill:
-            rows = list(self.prefill.values())
+        ids = self.decode.ids
+        rows = list(self.prefill.values())
+        if count is not None:
+            rows = rows[: max(0, count - len(ids))]
+        shared = np.zeros(len(ids) + len(rows), dtype=np.int64)
+        lag = shared
+        if rows:
             more = np.array(
                 [(e.seq, e.request.prompt_tokens, e.generated, e.request.cap) for e in rows],
                 dtype=np.int64,
@@ -248,13 +249,17 @@ class Books:
                 np.concatenate((old, more[:, column]))
                 for column, old in enumerate((seq, prompt, generated, cap))
             )
-            lag[decoding:] = [-(-(e.total - e.computed) // self.prefill_per_step) for e in rows]
+            lag = np.zeros_like(shared)
+            per_step = self.prefill_per_step
+            lag[len(ids) :] = [-(-(e.total - e.computed) // per_step) for e in rows]
+            ids = (*ids, *(e.request.id for e in rows))
         if self.ledger.common:
-            holders = [*self.decode.entries, *self.prefill.values()]
-            shared[:] = [entry.holding.common * size for entry in holders]
-        for array in (seq, prompt, generated, cap, shared, lag):
-            array.flags.writeable = False
-        return Columns((*self.decode.ids, *self.prefill), seq, prompt, generated, cap, shared, lag)
+            holders = [*self.decode.entries, *rows]
+            common = [entry.holding.common for entry in holders]
+            shared = np.array(common, dtype=np.int64) * self.ledger.block_size
+        for column in (seq, prompt, generated, cap, shared, lag):
+            column.flags.writeable = False
+        return Columns(ids, seq, prompt, generated, cap, shared, lag)
 
     def check(self) -> None:
         """Raise AssertionError if the books contradict themselves."""

@@ -58,6 +58,7 @@ class Candidate(NamedTuple):
         shared: tokens of it in blocks that another request holds already.
         blocks: KV blocks that leave the free pile if it is admitted.
         lag: steps of prefill after its first one.
+        most_blocks: blocks for its prompt and its cap.
     """
 
     request: Request
@@ -67,6 +68,7 @@ class Candidate(NamedTuple):
     shared: int
     blocks: int
     lag: int
+    most_blocks: int
 
     @property
     def tokens(self) -> int:
@@ -93,7 +95,8 @@ class Snapshot(NamedTuple):
             ``shared`` and ``lingering`` added.
         caps_bind: whether requests end at their cap; False in studies in which policies are
             told a cap that true lengths exceed.
-        gather: makes :attr:`columns`.
+        gather: makes :attr:`columns`, of so many requests: those who start later in the same
+            plan come after them.
     """
 
     now: float
@@ -109,9 +112,9 @@ class Snapshot(NamedTuple):
     decoding: int
     reserved: int
     caps_bind: bool
-    gather: Callable[[], Columns]
+    gather: Callable[[int], Columns]
 
     @property
     def columns(self) -> Columns:
         """The running requests."""
-        return self.gather()
+        return self.gather(self.running)

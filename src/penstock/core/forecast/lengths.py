@@ -11,6 +11,8 @@ Rule: keep the last ``window`` output lengths.  A request that has not run draws
 them.  A request that has generated ``g`` tokens draws from the lengths above ``g``, by
 linear interpolation between the knots ``g``, the lengths strictly greater, and its cap
 if that is larger than all of them.  No draw exceeds the cap or falls below ``g``.
+Where caps do not bind (studies in which true lengths exceed what policies are told), nothing
+is cut at the cap, and the last knot is the larger of the cap and the longest past length.
 
 Limits: assumes that the near future resembles the near past; lengths cut by the cap
 count like those that ended by themselves; all classes of requests share one histogram.
@@ -47,57 +49,75 @@ class LengthHistory:
         first = _BEYOND_ANY_CAP if cold_start is None else cold_start
         self._window = window
         self._lengths: deque[int] = deque([first] * (window // 2))
-        # Ascending, in the first len(_lengths) places.
-        self._sorted = np.full(window, first, dtype=np.int64)
+        # 0, then the lengths ascending, then space: see draw_running.
+        self._sorted = np.full(window + 2, first, dtype=np.int64)
+        self._sorted[0] = 0
 
     def observe(self, length: int) -> None:
         """Add an output length, forgetting the oldest if the window is full."""
         count = len(self._lengths)
+        past = self._sorted[1:]
+        place = int(past[:count].searchsorted(length))
         if count == self._window:
-            gone = int(np.searchsorted(self._sorted, self._lengths.popleft()))
-            self._sorted[gone:-1] = self._sorted[gone + 1 :]
-            count -= 1
-        place = int(np.searchsorted(self._sorted[:count], length))
-        self._sorted[place + 1 : count + 1] = self._sorted[place:count]
-        self._sorted[place] = length
+            gone = int(past[:count].searchsorted(self._lengths.popleft()))
+            # Only what lies between the two places moves.
+            if gone < place:
+                place -= 1
+                past[gone:place] = past[gone + 1 : place + 1]
+            else:
+                past[place + 1 : gone + 1] = past[place:gone]
+        else:
+            past[place + 1 : count + 1] = past[place:count]
+        past[place] = length
         self._lengths.append(length)
 
     def sorted_lengths(self) -> Ints:
         """The window in ascending order, as it is until the next end."""
-        return self._sorted[: len(self._lengths)]
+        return self._sorted[1 : len(self._lengths) + 1]
 
-    def draw_new(self, uniform: NDArray[np.float64], cap: int) -> Ints:
-        """Lengths for requests that have not run: a uniformly chosen past length, at most ``cap``.
+    def draw_new(
+        self, uniform: NDArray[np.float64], cap: int, *, binding: bool = True
+    ) -> list[int]:
+        """Lengths for a request that has not run: uniformly chosen past lengths, at most ``cap``.
 
         Args:
             uniform: numbers in [0, 1), one per draw.
+            binding: whether the cap binds.
         """
-        past = self.sorted_lengths()
-        drawn: Ints = past[(uniform * len(past)).astype(np.int64)]
-        capped: Ints = np.minimum(drawn, cap)
-        return capped
+        count, item = len(self._lengths), self._sorted.item
+        drawn = [item(int(x * count) + 1) for x in uniform.tolist()]
+        return [min(length, cap) for length in drawn] if binding else drawn
 
-    def draw_running(self, uniform: NDArray[np.float64], generated: Ints, cap: Ints) -> Ints:
+    def draw_running(
+        self, uniform: NDArray[np.float64], generated: Ints, cap: Ints, *, binding: bool = True
+    ) -> Ints:
         """Lengths for running requests, given what each has generated.
 
         Args:
             uniform: numbers in [0, 1), shape [..., n].
             generated: int64 [n].
             cap: int64 [n].
+            binding: whether the caps bind.
 
         Returns:
-            int64 [..., n], each in [generated, cap].
+            int64 [..., n], each at least ``generated`` and, if caps bind, at most the cap.
         """
-        past = self.sorted_lengths()
-        first = np.searchsorted(past, generated, side="right")
-        above = len(past) - first
-        with_cap = past[-1] < cap
-        position = uniform * (above + with_cap)
+        count = len(self._lengths)
+        past = self._sorted[1 : count + 1]
+        longest = past[-1]
+        first = past.searchsorted(generated, side="right")
+        # The cap as one more knot: if larger than all others, or in any case.
+        tail = longest < cap if binding else 1
+        position = uniform * (count - first + tail)
         knot = position.astype(np.int64)
-        last = len(past) - 1
         place = first + knot
-        low = np.where(knot == 0, generated, past[np.maximum(place - 1, 0)])
-        high = np.where(knot < above, past[np.minimum(place, last)], cap)
+        # sorted[place] is the past length before place; below g only before the first knot.
+        low = np.maximum(self._sorted[place], generated)
+        last = cap if binding else np.maximum(cap, longest)
+        high = np.where(place == count, last, self._sorted[place + 1])
         drawn = np.rint(low + (high - low) * (position - knot)).astype(np.int64)
+        if not binding:
+            at_least: Ints = np.maximum(drawn, generated)
+            return at_least
         within: Ints = np.minimum(np.maximum(drawn, generated), cap)
         return within

@@ -15,19 +15,28 @@ With blocks of ``s`` tokens each term is rounded up by itself:
 ``b_i = Q_i s + R_i``, that is ``sum q_j + i (Q_i + 1) + #{j <= i : r_j >= s - R_i}``, so
 a sort and prefix sums still do.
 
-Cost, per scenario: O(n log n + n s) to build, O(n) for each candidate.
+One more request that runs until ``b`` adds ``ceil((a + b_i) / s)`` to each ``M_i`` with
+``b_i < b``, leaves the others as they are, and has a moment of its own: prefix sums, and maxima
+from either end, answer that with one bisection.
+
+Cost, per scenario: O(n log n + n s) to build, O(log n) for each candidate (O(n) where its
+blocks and another's may be out of step by one just at the peak), O(n) to let it join.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.core.snapshot import Ints
 
 
 def peak(tokens: Ints, steps: Ints, block_size: int = 1) -> int:
     """Peak blocks of requests that hold ``tokens`` and run for ``steps`` more steps."""
-    return int(Occupancy(tokens, steps[np.newaxis], block_size).peaks[0])
+    return Occupancy(tokens, steps[np.newaxis], block_size).peaks[0]
 
 
 class Occupancy:
@@ -39,63 +48,144 @@ class Occupancy:
         block_size: tokens per block.
     """
 
-    __slots__ = ("_at_end", "_block_size", "_steps", "_tokens")
+    __slots__ = ("_block_size", "_worst", "scenarios")
 
     def __init__(self, tokens: Ints, steps: Ints, block_size: int) -> None:
-        order = np.argsort(-steps, axis=1, kind="stable")
-        self._tokens = tokens[order]
-        # Plain indices: the along-axis helpers cost more than the work at these sizes.
-        self._steps = steps[np.arange(len(steps))[:, np.newaxis], order]
         self._block_size = block_size
-        self._at_end = _at_ends(self._tokens, self._steps, block_size)
+        count = steps.shape[1]
+        negative = -steps
+        order = negative.argsort(axis=1)
+        row = np.arange(len(steps))[:, np.newaxis]
+        negative = negative[row, order]
+        alive = np.arange(1, count + 1)
+        rounds, rest = np.divmod(-negative, block_size)
+        quotient, residue = np.divmod(tokens - 1, block_size)
+        sums = quotient[order].cumsum(axis=1)
+        at_end = sums + alive * (rounds + 1)
+        at_least = None
+        if block_size > 1:
+            classes = np.arange(block_size + 1)[:, np.newaxis]
+            at_least = (residue[order][:, np.newaxis] >= classes).cumsum(axis=2, dtype=np.int32)
+            at_end += at_least[row, block_size - rest, alive - 1]
+        ahead = at_end + rounds
+        ahead += 1
+        self.scenarios = [
+            Scenario(
+                block_size, negative[k], sums[k], None if at_least is None else at_least[k],
+                rest[k], at_end[k], ahead[k],
+            )
+            for k in range(len(steps))
+        ]  # fmt: skip
+        self._worst = max(self.peaks)
 
     @property
-    def peaks(self) -> Ints:
-        """Int64 [scenarios], in blocks."""
-        peaks: Ints = self._at_end.max(axis=1, initial=0)
-        return peaks
+    def peaks(self) -> list[int]:
+        """Per scenario, in blocks."""
+        return [scenario.peak for scenario in self.scenarios]
 
-    def with_candidate(self, tokens: int, steps: Ints) -> Ints:
-        """The peaks if one more request joined; ``steps`` is int64 [scenarios]."""
-        at_end, own = self._joined(tokens, steps)
-        peaks: Ints = np.maximum(at_end.max(axis=1, initial=0), own)
-        return peaks
+    def at_most(self, tokens: int, steps: Sequence[int]) -> int:
+        """A quick upper bound of the peaks if one more request joined."""
+        return self._worst - (-(tokens + max(steps)) // self._block_size)
 
-    def add(self, tokens: int, steps: Ints) -> None:
+    def with_candidate(self, tokens: int, steps: Sequence[int]) -> list[int]:
+        """The peaks if one more request joined; ``steps`` has a number per scenario."""
+        return [
+            scenario.joined_by(tokens, until)
+            for scenario, until in zip(self.scenarios, steps, strict=True)
+        ]
+
+    def add(self, tokens: int, steps: Sequence[int]) -> None:
         """Let it join."""
-        at_end, own = self._joined(tokens, steps)
-        self._at_end = np.concatenate((at_end, own[:, np.newaxis]), axis=1)
-        self._tokens = np.concatenate(
-            (self._tokens, np.full_like(own, tokens)[:, np.newaxis]), axis=1
-        )
-        self._steps = np.concatenate((self._steps, steps[:, np.newaxis]), axis=1)
-
-    def _joined(self, tokens: int, steps: Ints) -> tuple[Ints, Ints]:
-        """Memory when each of the others is about to end, and when the candidate is."""
-        size = self._block_size
-        until = steps[:, np.newaxis]
-        outlives = self._steps >= until
-        there = np.where(outlives, -(-(self._tokens + until) // size), 0)
-        own = there.sum(axis=1) - (-(tokens + steps) // size)
-        more = np.where(outlives, 0, -(-(tokens + self._steps) // size))
-        return self._at_end + more, own
+        for scenario, until in zip(self.scenarios, steps, strict=True):
+            scenario.join(tokens, until)
+        self._worst = max(self.peaks)
 
 
-def _at_ends(tokens: Ints, steps: Ints, size: int) -> Ints:
-    """M_i of the module's rule, for columns sorted by ``steps`` descending."""
-    scenarios, count = steps.shape
-    alive: Ints = np.arange(1, count + 1, dtype=np.int64)
-    if size == 1:
-        exact: Ints = np.cumsum(tokens, axis=1) + alive * steps
-        return exact
-    quotient, residue = np.divmod(tokens - 1, size)
-    rounds, rest = np.divmod(steps, size)
-    seen = np.zeros((scenarios, count, size + 1), dtype=np.int32)
-    rows, columns = np.arange(scenarios)[:, np.newaxis], alive - 1
-    seen[rows, columns, residue] = 1
-    # at_least[k, i, x]: columns up to i whose residue is x or more; x = size is always empty.
-    at_least = seen.cumsum(axis=1, dtype=np.int32)[..., ::-1]
-    at_least = at_least.cumsum(axis=2, dtype=np.int32)[..., ::-1]
-    carried = at_least[rows, columns, size - rest]
-    result: Ints = np.cumsum(quotient, axis=1) + alive * (rounds + 1) + carried
-    return result
+class Scenario:
+    """One future: the module's rule worked out, in rows by steps descending.
+
+    Attributes:
+        peak: its largest occupancy, in blocks.
+
+    Args:
+        negative: minus the steps of each row, so that it ascends.
+        sums: sums of ``q`` up to each row.
+        at_least: [s + 1, n], how many up to each row have a residue of x or more.
+        rest: ``R`` of each row.
+        at_end: M of each row.
+        ahead: M_i + Q_i + 1, to which a longer request adds its own ``q``, and perhaps 1.
+    """
+
+    __slots__ = (
+        "_ahead", "_at_end", "_at_least", "_later", "_moments", "_negative", "_rest", "_size",
+        "_sums", "_until_here", "peak",
+    )  # fmt: skip
+
+    def __init__(
+        self, size: int, negative: Ints, sums: Ints, at_least: NDArray[np.int32] | None,
+        rest: Ints, at_end: Ints, ahead: Ints,
+    ) -> None:  # fmt: skip
+        self._size = size
+        self._negative = negative
+        self._sums = sums
+        self._at_least = at_least
+        self._rest = rest
+        self._at_end = at_end
+        self._ahead = ahead
+        # Those who joined: tokens, steps, and the memory when each is about to end.
+        self._moments: list[tuple[int, int, int]] = []
+        self._maxima()
+
+    def joined_by(self, tokens: int, until: int) -> int:
+        """The peak with one more request, which runs for ``until`` steps."""
+        size, place = self._size, bisect_right(self._negative, -until)
+        quotient, residue = divmod(tokens - 1, size)
+        worst = self._own(tokens, until, place)
+        if place:
+            worst = max(worst, int(self._until_here[place - 1]))
+        for _, other, memory in self._moments:
+            more = -(-(tokens + other) // size) if other < until else 0
+            worst = max(worst, memory + more)
+        if place < len(self._ahead):
+            ahead = int(self._later[place]) + quotient
+            # One block more, perhaps, where the residues add up to a block.
+            if residue and worst <= ahead:
+                there = self._rest[place:] >= size - residue
+                ahead = int((self._ahead[place:] + there).max()) + quotient
+            worst = max(worst, ahead)
+        return worst
+
+    def join(self, tokens: int, until: int) -> None:
+        """Let one more request in."""
+        size, place = self._size, bisect_right(self._negative, -until)
+        own = self._own(tokens, until, place)
+        more = (tokens + size - 1 - self._negative[place:]) // size
+        self._at_end[place:] += more
+        self._ahead[place:] += more
+        self._moments = [
+            (a, b, memory - (-(tokens + b) // size) if b < until else memory)
+            for a, b, memory in self._moments
+        ]
+        self._moments.append((tokens, until, own))
+        self._maxima()
+
+    def _own(self, tokens: int, until: int, place: int) -> int:
+        """Memory when it is about to end itself, with those that do not end before."""
+        size = self._size
+        rounds, rest = divmod(until, size)
+        memory = -(-(tokens + until) // size)
+        for other, longer, _ in self._moments:
+            if longer >= until:
+                memory -= -(other + until) // size
+        if place:
+            memory += int(self._sums[place - 1]) + place * (rounds + 1)
+            if rest and self._at_least is not None:
+                memory += int(self._at_least[size - rest, place - 1])
+        return memory
+
+    def _maxima(self) -> None:
+        self._until_here = np.maximum.accumulate(self._at_end)
+        self._later = np.maximum.accumulate(self._ahead[::-1])[::-1]
+        self.peak = max([memory for _, _, memory in self._moments], default=0)
+        if len(self._until_here):
+            self.peak = max(self.peak, int(self._until_here[-1]))

@@ -15,6 +15,10 @@ class Admit:
     """Give it memory now."""
 
 
+ADMIT = Admit()
+"""The one there need be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Defer:
     """Not now; ``reason`` says why, in numbers, for whoever asks."""

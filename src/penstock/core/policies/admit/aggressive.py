@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.core.policies.base import Admit, Answer, Defer, Judge
+from penstock.core.policies.base import ADMIT, Answer, Defer, Judge
 from penstock.core.snapshot import Candidate, Snapshot
 from penstock.core.types import Ended
 
@@ -47,7 +47,7 @@ class Aggressive:
                     f"are more than the watermark's {limit:.0f}"
                 )
             used += candidate.blocks
-            return Admit()
+            return ADMIT
 
         return answer
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.core.policies.base import Admit, Answer, Defer, Judge
+from penstock.core.policies.base import ADMIT, Answer, Defer, Judge
 from penstock.core.snapshot import Candidate, Snapshot
 from penstock.core.types import Ended
 
@@ -39,9 +39,12 @@ class Conservative:
 
     def judge(self, view: Snapshot) -> Judge:
         """Open a pass."""
-        columns, size = view.columns, view.block_size
-        tokens = columns.prompt + columns.cap - columns.shared
-        reserved = int(np.sum(-(-tokens // size))) + view.shared + view.lingering
+        size = view.block_size
+        reserved = view.reserved + view.lingering
+        if view.shared:
+            columns = view.columns
+            tokens = columns.prompt + columns.cap - columns.shared
+            reserved = int(np.sum(-(-tokens // size))) + view.shared + view.lingering
         limit = self.over_commit * view.capacity
 
         def answer(candidate: Candidate) -> Answer:
@@ -54,7 +57,7 @@ class Conservative:
                     f"are more than {limit:.0f}"
                 )
             reserved += need
-            return Admit()
+            return ADMIT
 
         return answer
 

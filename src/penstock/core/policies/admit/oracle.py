@@ -9,12 +9,13 @@ it may be compared as if it were a policy.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from penstock.core.forecast.occupancy import Occupancy
-from penstock.core.policies.base import Admit, Answer, Defer, Judge
+from penstock.core.policies.base import ADMIT, Answer, Defer, Judge
 from penstock.core.snapshot import Candidate, Snapshot
 from penstock.core.types import Ended
 
@@ -28,27 +29,46 @@ class Oracle:
     holds = 1
 
     def judge(self, view: Snapshot) -> Judge:
-        """Open a pass."""
+        """Open a pass; the peak is worked out once it can matter."""
+        fixed = view.shared + view.lingering
+        # What all would hold with their caps in full.
+        most = view.reserved + fixed if view.caps_bind else math.inf
+        admitted: list[Candidate] = []
+        future: Occupancy | None = None
+
+        def steps_of(candidate: Candidate) -> list[int]:
+            request = candidate.request
+            left = self._length(request.id, request.cap) - candidate.generated - 1
+            return [max(0, left) + candidate.lag + view.overlap]
+
+        def answer(candidate: Candidate) -> Answer:
+            nonlocal future, most
+            most += candidate.most_blocks
+            if most <= view.capacity:
+                admitted.append(candidate)
+                return ADMIT
+            if future is None:
+                future = self._occupancy(view)
+                for earlier in admitted:
+                    future.add(earlier.tokens, steps_of(earlier))
+            steps = steps_of(candidate)
+            worst = fixed + future.at_most(candidate.tokens, steps)
+            if worst > view.capacity:
+                worst = fixed + future.with_candidate(candidate.tokens, steps)[0]
+            if worst > view.capacity:
+                return Defer(f"KV memory: true peak of {worst} blocks exceeds {view.capacity}")
+            future.add(candidate.tokens, steps)
+            return ADMIT
+
+        return answer
+
+    def _occupancy(self, view: Snapshot) -> Occupancy:
         columns = view.columns
         lengths = np.fromiter(
             map(self._length, columns.ids, columns.cap.tolist()), np.int64, len(columns)
         )
         steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag + view.overlap
-        future = Occupancy(columns.tokens, steps[np.newaxis], view.block_size)
-        fixed = view.shared + view.lingering
-
-        def answer(candidate: Candidate) -> Answer:
-            request = candidate.request
-            length = self._length(request.id, request.cap)
-            left = max(0, length - candidate.generated - 1)
-            steps = np.array([left + candidate.lag + view.overlap])
-            worst = fixed + int(future.with_candidate(candidate.tokens, steps)[0])
-            if worst > view.capacity:
-                return Defer(f"KV memory: true peak of {worst} blocks exceeds {view.capacity}")
-            future.add(candidate.tokens, steps)
-            return Admit()
-
-        return answer
+        return Occupancy(columns.tokens, steps[np.newaxis], view.block_size)
 
     def _length(self, request_id: str, cap: int) -> int:
         return self._lengths.get(request_id, cap)

@@ -10,8 +10,9 @@ Rule, once per pass: draw an output length for every running request, given what
 generated, in ``min(5, 200 // n + 1)`` joint scenarios (n running; one if none runs).
 For the head of the queue draw a length from the past; admit it if in every scenario the
 peak occupancy stays strictly below ``(1 - reserve) * capacity``, and go on with the next;
-the first refusal ends the pass.  It holds for 10 decode steps unless memory is given back
-before: to draw anew in every step would admit by luck sooner or later.
+the first refusal ends the pass.  While even all caps in full stay below that limit, nothing
+needs to be drawn: no forecast exceeds them.  A refusal holds for 10 decode steps unless memory is
+given back before: to draw anew in every step would admit by luck sooner or later.
 
 Limits: a forecast is no reservation, so evictions stay possible; it relies on lengths
 that change slowly; it knows nothing of deadlines.
@@ -19,14 +20,15 @@ that change slowly; it knows nothing of deadlines.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from penstock.core.forecast.lengths import LengthHistory
 from penstock.core.forecast.occupancy import Occupancy
-from penstock.core.policies.base import Admit, Answer, Defer, Judge
-from penstock.core.snapshot import Candidate, Ints, Snapshot
+from penstock.core.policies.base import ADMIT, Answer, Defer, Judge
+from penstock.core.snapshot import Candidate, Snapshot
 from penstock.core.types import Ended, FinishReason
 
 _MAX_SCENARIOS = 5  # MAXIMUM_LISTS in the artifact
@@ -64,35 +66,28 @@ class PastFuture:
         self.history = LengthHistory(self.window, self.cold_start)
 
     def judge(self, view: Snapshot) -> Judge:
-        """Open a pass: draw the running requests' lengths."""
-        columns = view.columns
-        scenarios = scenario_count(len(columns))
-        uniform = self.rng.random((scenarios, len(columns)))
-        lengths = self.history.draw_running(uniform, columns.generated, columns.cap)
-        steps = np.maximum(0, lengths - columns.generated - 1) + columns.lag + view.overlap
-        future = Occupancy(columns.tokens, steps, view.block_size)
-        fixed = view.shared + view.lingering
+        """Open a pass; lengths are drawn once they can matter."""
         limit = (1 - self.reserve) * view.capacity
+        fixed = view.shared + view.lingering
+        # What all would hold with their caps in full.
+        most = view.reserved + fixed if view.caps_bind else math.inf
+        pass_ = _Pass(self, view)
 
         def answer(candidate: Candidate) -> Answer:
-            drawn = self._draw(candidate, scenarios) + view.overlap
-            worst = fixed + int(future.with_candidate(candidate.tokens, drawn).max())
+            nonlocal most
+            most += candidate.most_blocks
+            if most < limit:
+                pass_.admitted.append(candidate)
+                return ADMIT
+            worst = fixed + pass_.worst_with(candidate, limit - fixed)
             if worst >= limit:
                 return Defer(
                     f"KV memory: forecast peak of {worst} blocks is not below "
                     f"{limit:.0f} ({1 - self.reserve:.0%} of {view.capacity})"
                 )
-            future.add(candidate.tokens, drawn)
-            return Admit()
+            return ADMIT
 
         return answer
-
-    def _draw(self, candidate: Candidate, scenarios: int) -> Ints:
-        """Steps after the current one, per scenario; unconditional, also after an eviction."""
-        generated = candidate.generated
-        lengths = self.history.draw_new(self.rng.random(scenarios), candidate.request.cap)
-        steps: Ints = np.maximum(0, lengths - generated - 1) + candidate.lag
-        return steps
 
     def observe(self, ended: Ended) -> None:
         """Learn the length of a request that came to its own end."""
@@ -101,3 +96,56 @@ class PastFuture:
 
     def learn_true_length(self, request_id: str, length: int) -> None:
         """Not for this policy."""
+
+
+class _Pass:
+    """The joint scenarios of one pass.
+
+    Attributes:
+        admitted: candidates that joined before there was a reason to draw anything.
+    """
+
+    def __init__(self, policy: PastFuture, view: Snapshot) -> None:
+        self._policy = policy
+        self._view = view
+        self._scenarios = scenario_count(view.running)
+        self._future: Occupancy | None = None
+        self.admitted: list[Candidate] = []
+
+    def worst_with(self, candidate: Candidate, limit: float) -> int:
+        """Largest peak of the scenarios with one more request, which joins if it is below."""
+        future = self._future
+        if future is None:
+            future = self._future = self._occupancy()
+            for earlier in self.admitted:
+                future.add(earlier.tokens, self._steps(earlier))
+        steps = self._steps(candidate)
+        # A bound that costs nothing, before the exact answer.
+        worst = future.at_most(candidate.tokens, steps)
+        if worst >= limit:
+            worst = max(future.with_candidate(candidate.tokens, steps))
+        if worst < limit:
+            future.add(candidate.tokens, steps)
+        return worst
+
+    def _occupancy(self) -> Occupancy:
+        policy, view = self._policy, self._view
+        columns = view.columns
+        uniform = policy.rng.random((self._scenarios, len(columns)))
+        generated = columns.generated
+        lengths = policy.history.draw_running(
+            uniform, generated, columns.cap, binding=view.caps_bind
+        )
+        steps = np.maximum(0, lengths - (generated + 1))
+        if view.running != view.decoding or view.overlap:
+            steps += columns.lag + view.overlap
+        return Occupancy(columns.tokens, steps, view.block_size)
+
+    def _steps(self, candidate: Candidate) -> list[int]:
+        """Steps after the current one, per scenario; unconditional, also after an eviction."""
+        policy, view = self._policy, self._view
+        uniform = policy.rng.random(self._scenarios)
+        cap, more = candidate.request.cap, candidate.lag + view.overlap
+        had = candidate.generated + 1
+        lengths = policy.history.draw_new(uniform, cap, binding=view.caps_bind)
+        return [max(0, length - had) + more for length in lengths]
