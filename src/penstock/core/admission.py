@@ -9,7 +9,7 @@ from penstock.core.books import Books
 from penstock.core.entry import Entry
 from penstock.core.forecast.wait import WaitForecast
 from penstock.core.memory import blocks_for
-from penstock.core.policies.base import Answer, Defer, Judge, Policy, Reject
+from penstock.core.policies.base import Admit, Defer, Judge, Policy, Reject
 from penstock.core.snapshot import Candidate
 from penstock.core.types import Drop, Ended, FinishReason, Start
 
@@ -79,13 +79,12 @@ class Admission:
             if head.last_plan > books.confirmed.number:
                 break
             candidate = self._candidate(draft, head)
-            if candidate.blocks > books.ledger.free:
-                answer: Answer = Defer(
+            judge = judge or self._policy.admit.judge(books.view(draft.now))
+            answer = judge(candidate)
+            if candidate.blocks > books.ledger.free and isinstance(answer, Admit):
+                answer = Defer(
                     f"KV memory: {candidate.blocks} blocks needed, {books.ledger.free} free"
                 )
-            else:
-                judge = judge or self._policy.admit.judge(books.view(draft.now))
-                answer = judge(candidate)
             if isinstance(answer, Reject):
                 tokens = books.output_tokens(head)
                 rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
