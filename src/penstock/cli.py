@@ -40,6 +40,11 @@ app.command(
     help="Simulate presets on a load: the same scheduler on a virtual clock.",
 )
 app.command(
+    "penstock.sim.sweep_command:sweep_command",
+    name="sweep",
+    help="Simulate a grid of presets, parameters, loads and seeds, in parallel.",
+)
+app.command(
     "penstock.bench.demo:demo",
     name="demo",
     help="Show what admission does to goodput, on this machine, with the included model.",
