@@ -45,6 +45,11 @@ app.command(
     help="Simulate a grid of presets, parameters, loads and seeds, in parallel.",
 )
 app.command(
+    "penstock.sim.capacity_command:capacity_command",
+    name="capacity",
+    help="Find the largest load that keeps the SLO, or the fewest instances for a load.",
+)
+app.command(
     "penstock.bench.demo:demo",
     name="demo",
     help="Show what admission does to goodput, on this machine, with the included model.",
