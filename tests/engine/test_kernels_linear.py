@@ -43,12 +43,16 @@ def test_onednn_layout_is_linear(shape: tuple[int, int, int, bool], dtype: torch
     torch.testing.assert_close(packed.double(), exact, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=60)
-@given(shape=shapes)
-def test_native_layout_is_linear(shape: tuple[int, int, int, bool]) -> None:
-    rows, half, out, bias = shape
+# Multiples of 32 go to AMX where there is one.
+widths = st.one_of(st.integers(1, 100).map(lambda n: 2 * n), st.sampled_from([32, 64, 160]))
+
+
+@settings(max_examples=80)
+@given(shape=shapes, width=widths)
+def test_native_layout_is_linear(shape: tuple[int, int, int, bool], width: int) -> None:
+    rows, _, out, bias = shape
     native = kernels.compiled()
-    linear, x, exact = linear_and_exact(rows, 2 * half, out, bias, torch.bfloat16)
+    linear, x, exact = linear_and_exact(rows, width, out, bias, torch.bfloat16)
     if native is None or not native.packs(linear.weight):
         pytest.skip("this CPU has no instructions for bfloat16 matrices, or there is no compiler")
     with torch.inference_mode():

@@ -6,6 +6,10 @@
 // depth, so that a batch of that size costs little more than reading the weights.  Where there
 // are more rows, each tile's activations are first laid out in the order in which they are read:
 // rows that lie a power of two apart would push each other out of the cache.
+//
+// Where the CPU has AMX, more than a few rows are multiplied in its tiles, 32 rows by a panel at a
+// time: VDPBF16PS runs at half rate there, AMX at eight times that. A panel happens to be two AMX
+// tiles side by side, so the weights are the same.
 
 #include "penstock.h"
 
@@ -17,6 +21,11 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -44,6 +53,17 @@ struct Output {
   uint32_t mask;  // which of the panel's outputs exist
 };
 
+// Adds the residual to the sums of row r, and writes them.
+inline void finish(int64_t r, __m512 low, __m512 high, const Output& to) {
+  if (to.residual) {
+    const uint16_t* more = to.residual + r * to.stride;
+    low = _mm512_add_ps(low, widened(more, to.mask));
+    high = _mm512_add_ps(high, widened(more + 16, to.mask >> 16));
+  }
+  _mm512_mask_storeu_epi16(to.out + r * to.stride, to.mask,
+                           (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
 // Ordered: the pairs of all rows for input 0, then for input 2, and so on; else row by row.
 template <int R, bool kOrdered>
 void tile(const uint16_t* x, const uint16_t* panel, int64_t depth, bool prefetch,
@@ -69,15 +89,7 @@ void tile(const uint16_t* x, const uint16_t* panel, int64_t depth, bool prefetch
       sums[r][1] = _mm512_dpbf16_ps(sums[r][1], high, activation);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    if (to.residual)
-      for (int half = 0; half < 2; ++half)
-        sums[r][half] = _mm512_add_ps(
-            sums[r][half],
-            widened(to.residual + r * to.stride + 16 * half, to.mask >> (16 * half)));
-    _mm512_mask_storeu_epi16(to.out + r * to.stride, to.mask,
-                             (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
-  }
+  for (int r = 0; r < R; ++r) finish(r, sums[r][0], sums[r][1], to);
 }
 
 using Tile = void (*)(const uint16_t*, const uint16_t*, int64_t, bool, const Output&);
@@ -96,6 +108,130 @@ void reorder(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
       std::memcpy(to + i * rows + 2 * r, x + r * depth + i, 2 * sizeof *x);
 }
 
+#ifdef __AMX_BF16__
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileInputs = 32;
+constexpr int64_t kFewRows = 2;  // up to here VDPBF16PS keeps up with memory
+constexpr int64_t kAtOnce = 2 * kTileRows;
+
+// Whether the operating system lets this process use tiles.
+bool tiles_allowed() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return allowed;
+}
+
+void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) {
+    config.bytes[i] = 64;
+    config.rows[i] = kTileRows;
+  }
+  _tile_loadconfig(&config);
+}
+
+// Rows of one tile, for 32 inputs at a time; rows that do not exist are 0.
+void lay_out(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
+  const __m512i nothing = _mm512_setzero_si512();
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t i = 0; i < depth; i += kTileInputs)
+      _mm512_storeu_si512(to + i * kTileRows + r * kTileInputs,
+                          r < rows ? _mm512_loadu_si512(x + r * depth + i) : nothing);
+}
+
+// Up to 32 rows by a panel.
+template <bool kTwo>
+void product(const uint16_t* x, const uint16_t* panel, int64_t depth, int64_t rows, bool prefetch,
+             const Output& to) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < depth; i += kTileInputs) {
+    const uint16_t* weights = panel + i * kPanel;
+    if (prefetch)
+      for (int64_t line = 0; line < kTileInputs; ++line)
+        _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead + line * kPanel), _MM_HINT_T0);
+    _tile_loadd(4, x + i * kTileRows, 2 * kTileInputs);
+    _tile_loadd(6, weights, 4 * kPanel);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weights + kPanel, 4 * kPanel);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kTwo) {
+      _tile_loadd(5, x + (depth + i) * kTileRows, 2 * kTileInputs);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  alignas(64) float sums[2][2][kTileRows][16];
+  _tile_stored(0, sums[0][0], 64);
+  _tile_stored(1, sums[0][1], 64);
+  if (kTwo) {
+    _tile_stored(2, sums[1][0], 64);
+    _tile_stored(3, sums[1][1], 64);
+  }
+  __m512 bias[2];
+  for (int half = 0; half < 2; ++half)
+    bias[half] = to.bias ? widened(to.bias + 16 * half, to.mask >> (16 * half))
+                         : _mm512_setzero_ps();
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto& tile = sums[r / kTileRows];
+    const int64_t at = r % kTileRows;
+    finish(r, _mm512_add_ps(bias[0], _mm512_load_ps(tile[0][at])),
+           _mm512_add_ps(bias[1], _mm512_load_ps(tile[1][at])), to);
+  }
+}
+
+#endif
+
+Output output_of(const PenstockLinear& layer, const uint16_t* residual, uint16_t* out, int64_t row,
+                 int64_t panel) {
+  const int64_t first = panel * kPanel, width = std::min(kPanel, layer.outputs - first);
+  return {layer.bias ? layer.bias + first : nullptr,
+          residual ? residual + row * layer.outputs + first : nullptr,
+          out + row * layer.outputs + first, layer.outputs,
+          static_cast<uint32_t>((uint64_t{1} << width) - 1)};
+}
+
+uint16_t* working_memory(int64_t elements) {
+  static thread_local std::vector<uint16_t> buffer;
+  if (buffer.size() < static_cast<size_t>(elements)) buffer.resize(elements);
+  return buffer.data();
+}
+
+#ifdef __AMX_BF16__
+
+void linear_in_tiles(const PenstockLinear& a, const uint16_t* x, const uint16_t* residual,
+                     uint16_t* out, int64_t rows, int32_t threads) {
+  const int64_t panels = (a.outputs + kPanel - 1) / kPanel;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, pairs = (tiles + 1) / 2;
+  uint16_t* ordered = working_memory(tiles * kTileRows * a.inputs);
+#pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs >= kParallel)
+  {
+    configure_tiles();
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tiles; ++t)
+      lay_out(x + t * kTileRows * a.inputs, std::min(kTileRows, rows - t * kTileRows), a.inputs,
+              ordered + t * kTileRows * a.inputs);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t t = 0; t < pairs; ++t) {
+        const int64_t row = t * kAtOnce, count = std::min(kAtOnce, rows - row);
+        const auto run = count > kTileRows ? product<true> : product<false>;
+        run(ordered + row * a.inputs, a.weight + p * kPanel * a.inputs, a.inputs, count, t == 0,
+            output_of(a, residual, out, row, p));
+      }
+    _tile_release();
+  }
+}
+
+#endif
+
 }  // namespace
 
 extern "C" int32_t penstock_has_linear() { return 1; }
@@ -106,14 +242,17 @@ extern "C" void penstock_linear(const PenstockLinear* layer, const void* input,
   const uint16_t* x = static_cast<const uint16_t*>(input);
   const uint16_t* residual = static_cast<const uint16_t*>(added);
   uint16_t* out = static_cast<uint16_t*>(output);
+#ifdef __AMX_BF16__
+  if (rows > kFewRows && a.inputs % kTileInputs == 0 && tiles_allowed()) {
+    linear_in_tiles(a, x, residual, out, rows, threads);
+    return;
+  }
+#endif
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel;
   const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
   const int64_t each = tiles ? (rows + tiles - 1) / tiles : 0;
-  static thread_local std::vector<uint16_t> buffer;
   const bool reordered = tiles > 1;
-  if (reordered && buffer.size() < static_cast<size_t>(rows * a.inputs))
-    buffer.resize(rows * a.inputs);
-  uint16_t* ordered = buffer.data();
+  uint16_t* ordered = reordered ? working_memory(rows * a.inputs) : nullptr;
 #pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs >= kParallel)
   {
     if (reordered) {
@@ -125,16 +264,11 @@ extern "C" void penstock_linear(const PenstockLinear* layer, const void* input,
 #pragma omp for collapse(2) schedule(static)
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = t * each, count = std::min(each, rows - row), first = p * kPanel;
-        const int64_t width = std::min(kPanel, a.outputs - first);
-        const Output to = {a.bias ? a.bias + first : nullptr,
-                           residual ? residual + row * a.outputs + first : nullptr,
-                           out + row * a.outputs + first, a.outputs,
-                           static_cast<uint32_t>((uint64_t{1} << width) - 1)};
+        const int64_t row = t * each, count = std::min(each, rows - row);
         if (count <= 0) continue;
         const Tile run = (reordered ? kOrderedTiles : kTiles)[count - 1];
         run((reordered ? ordered : x) + row * a.inputs, a.weight + p * kPanel * a.inputs, a.inputs,
-            t == 0, to);
+            t == 0, output_of(a, residual, out, row, p));
       }
   }
 }
