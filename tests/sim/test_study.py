@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.forecast.latency.affine import DecodeSteps
 from penstock.core.policies import presets
+from penstock.core.policies.admit.conservative import Conservative
 from penstock.core.types import Capabilities
 from penstock.sim.run import Job, Run, run
 from penstock.sim.simulation import simulate
 from penstock.sim.sources import ClosedLoop
-from penstock.sim.study import behaviour, study_policy
+from penstock.sim.study import PromptWatermark, behaviour, count_bounces, study_policy
 
 MACHINE = Capabilities(
     kv_blocks=20, block_size=1, max_batch=9, max_step_tokens=50, max_request_tokens=20
@@ -60,33 +63,84 @@ def test_the_peak_is_never_below_the_use(lengths: list[tuple[int, int]], preset:
         assert counted.peak <= 1
 
 
-def table_row(preset: str, **parameters: float) -> dict[str, object]:
+DISTRIBUTIONS = (
+    {"input": "uniform:32-4096", "output": "uniform:2048-4096"},
+    {"input": "uniform:3000-5000", "output": "uniform:3000-5000"},
+    {"input": "uniform:2048-4096", "output": "uniform:32-4096"},
+)
+TABLE = [
+    ("tgi", 1, 487370, 57.8, 60.8, 0.0),
+    ("tgi", 2, 840650, 71.7, 75.2, 0.0),
+    ("tgi", 3, 379920, 60.1, 62.0, 0.0),
+    ("vllm", 1, 282230, 98.4, 102.8, 94.8),
+    ("vllm", 2, 617560, 97.9, 103.5, 94.9),
+    ("vllm", 3, 229090, 98.1, 100.2, 34.1),
+]
+
+
+def table_row(preset: str, distribution: int, requests: int, **parameters: float) -> dict[str, Any]:
     done = simulate(
-        preset, kv_tokens=120_000, input="uniform:2048-4096", output="uniform:32-4096",
-        requests=600, clients=600, cap=4096, plan_every=10, prefill_budget=32768, max_batch=2000,
-        steps_only=True, seed=1, parameters=parameters,
+        preset, kv_tokens=120_000, requests=requests, clients=requests, cap=4096, plan_every=10,
+        prefill_budget=32768, steps_only=True, seed=1, parameters=parameters,
+        **DISTRIBUTIONS[distribution - 1],
     )  # fmt: skip
-    return done.to_dict()
+    row = done.to_dict()
+    assert row["finished"] == requests
+    return row
+
+
+@pytest.mark.parametrize(("preset", "distribution", "steps", "memory", "peak", "evicted"), TABLE)
+def test_the_papers_table(
+    preset: str, distribution: int, steps: int, memory: float, peak: float, evicted: float
+) -> None:
+    """Cells of the paper's table that take a second each; `benchmarks/behaviour_table.py` has all.
+
+    The bounds are those of the benchmark; one seed has more noise in evictions, so these have 3
+    points, or 6 where they exceed 30 %.
+    """
+    row = table_row(preset, distribution, 3000)
+    assert row["decode_steps"] == pytest.approx(steps, rel=0.02)
+    assert 100 * row["memory_utilization"] == pytest.approx(memory, abs=1)
+    assert 100 * row["peak_memory"] == pytest.approx(peak, abs=1)
+    assert 100 * row["evicted_ratio"] == pytest.approx(evicted, abs=6 if evicted > 30 else 3)
 
 
 @pytest.mark.parametrize(
     ("preset", "memory", "peak", "evicted"),
-    [
-        ("oracle", 0.966, 0.987, 0.0),
-        ("tgi", 0.601, 0.620, 0.0),
-        ("vllm", 0.981, 1.002, 0.341),
-        ("past-future", 0.945, 0.966, 0.030),
-    ],
+    [("oracle", 96.6, 98.7, 0.0), ("past-future", 94.5, 96.6, 3.0)],
 )
 def test_the_papers_table_in_small(preset: str, memory: float, peak: float, evicted: float) -> None:
-    """Distribution-3 with a fifth of the requests, beside the artifact's numbers.
+    """The slower presets: Distribution-3 with a fifth of the requests.
 
     So few requests leave the 512 of the cold start in a window of 1,000 all the while, so the
     window is 200 here, which the paper's authors used elsewhere.
     """
     parameters = {"window": 200.0} if preset == "past-future" else {}
-    row = table_row(preset, **parameters)
-    assert row["finished"] == 600
-    assert row["memory_utilization"] == pytest.approx(memory, abs=0.012)
-    assert row["peak_memory"] == pytest.approx(peak, abs=0.012)
-    assert row["evicted_ratio"] == pytest.approx(evicted, abs=0.05)
+    row = table_row(preset, 3, 600, **parameters)
+    assert 100 * row["memory_utilization"] == pytest.approx(memory, abs=1.2)
+    assert 100 * row["peak_memory"] == pytest.approx(peak, abs=1.2)
+    assert 100 * row["evicted_ratio"] == pytest.approx(evicted, abs=4)
+
+
+def test_who_was_evicted_is_let_in_by_its_prompt_and_evicted_at_once() -> None:
+    """As in the artifact: the watermark overlooks what it had generated, and that counts.
+
+    Until b ends there is room for c's prompt, but not for the tokens that it had.
+    """
+    jobs = [Job("a", 0, 2, 10, 12), Job("b", 0, 2, 7, 12), Job("c", 0, 2, 7, 12)]
+    source = ClosedLoop(jobs, 3)
+    policy = study_policy("vllm", seed=0, period=2, watermark=1.0)
+    done = run(source, MACHINE, policy, DecodeSteps(), enforce_caps=False)
+    counted = count_bounces(done, policy)
+    assert isinstance(policy.admit, PromptWatermark)
+    assert {r.job.id: r.ended.evictions for r in done.records} == {"a": 0, "b": 0, "c": 1}
+    assert policy.admit.bounced.keys() == {"c"}
+    assert {r.job.id: r.ended.evictions for r in counted.records}["c"] == counted.evictions
+    assert counted.evictions == done.evictions + policy.admit.bounced["c"]
+
+
+def test_other_presets_are_as_they_are() -> None:
+    policy = study_policy("tgi", seed=0)
+    done = study([Job("a", 0, 10, 4, 9)], "tgi")
+    assert isinstance(policy.admit, Conservative)
+    assert count_bounces(done, policy) is done

@@ -29,7 +29,7 @@ from penstock.core.types import Capabilities, OnMiss
 from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Job, Run, Source, Watch, run
 from penstock.sim.sources import ClosedLoop, OpenLoop
-from penstock.sim.study import study_policy
+from penstock.sim.study import count_bounces, study_policy
 
 
 class SpecError(ValueError):
@@ -203,17 +203,13 @@ def simulate_spec(
     latency = latency_model(spec)
     machine = capabilities_of(spec)
     jobs = jobs_of(spec, workload)
-    return [
-        run(
-            _source(spec, jobs[first :: spec.instances]),
-            machine,
-            policy or policy_of(spec),
-            latency,
-            enforce_caps=not spec.steps_only,
-            watch=watch,
-        )
-        for first in range(min(spec.instances, len(jobs)))
-    ]
+    runs = []
+    for first in range(min(spec.instances, len(jobs))):
+        chosen = policy or policy_of(spec)
+        source = _source(spec, jobs[first :: spec.instances])
+        done = run(source, machine, chosen, latency, enforce_caps=not spec.steps_only, watch=watch)
+        runs.append(count_bounces(done, chosen))
+    return runs
 
 
 def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResult:

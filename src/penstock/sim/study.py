@@ -5,7 +5,8 @@ steps compares policies without any machine.
 
 Source: Past-Future (arXiv 2507.10150) and the simulator in its authors' artifact.  From the latter:
 all requests wait from the start; the history of past lengths begins with half a window of 512;
-outputs may exceed the cap that policies are told; numbers are taken until nobody waits any more.
+outputs may exceed the cap that policies are told; numbers are taken until nobody waits any more;
+and its watermark looks at prompts alone, see :class:`PromptWatermark`.
 
 Limits: the last batch, after nobody waits, says nothing about admission and is not counted, so
 ``decode_steps`` is less than the steps until all have finished.
@@ -13,15 +14,18 @@ Limits: the last batch, after nobody waits, says nothing about admission and is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from penstock.core.forecast.occupancy import peak
 from penstock.core.policies import presets
-from penstock.core.policies.base import Policy
-from penstock.core.snapshot import Ints
+from penstock.core.policies.admit.aggressive import Aggressive
+from penstock.core.policies.base import ADMIT, Answer, Defer, Judge, Policy
+from penstock.core.snapshot import Candidate, Ints, Snapshot
+from penstock.core.types import Ended, RequestId
 from penstock.sim.run import Run
 
 COLD_START = 512
@@ -44,8 +48,61 @@ class Behaviour:
     peak: float
 
 
+@dataclass(frozen=True, slots=True)
+class PromptWatermark:
+    """Aggressive admission as the artifact's simulator has it: evicted outputs are overlooked.
+
+    Problem: the study's numbers of evictions need its baseline, and that lets requests in for which
+    there is no room.
+
+    Source: the simulator in the Past-Future authors' artifact.
+
+    Rule: admit while used + prompt < watermark * capacity.  One that was evicted counts with its
+    prompt alone.  If there is then no room for what it had generated, and for one token more, it
+    is evicted at once; that counts as an eviction, once per pass.
+
+    Limits: for the study only: no engine would start what does not fit.
+
+    Attributes:
+        watermark: share of the capacity that prompts may fill, in (0, 1].
+        bounced: by request, how often it was evicted at once.
+    """
+
+    watermark: float = 0.99
+    bounced: Counter[RequestId] = field(default_factory=Counter)
+
+    holds = 1  # it bounces again in the next pass
+
+    def judge(self, view: Snapshot) -> Judge:
+        """Open a pass."""
+        used = view.used
+        limit = self.watermark * view.capacity
+
+        def answer(candidate: Candidate) -> Answer:
+            nonlocal used
+            prompt = candidate.request.prompt_tokens
+            if used + prompt >= limit:
+                return Defer(
+                    f"KV memory: {used} tokens used and a prompt of {prompt} "
+                    f"are not below the watermark's {limit:.0f}"
+                )
+            used += candidate.tokens
+            if used + 1 > view.capacity:
+                self.bounced[candidate.request.id] += 1
+                return Defer(f"KV memory: {used + 1} tokens do not fit {view.capacity}")
+            return ADMIT
+
+        return answer
+
+    def observe(self, ended: Ended) -> None:
+        """Nothing to learn."""
+
+    def learn_true_length(self, request_id: str, length: int) -> None:
+        """Not for this policy."""
+
+
 def study_policy(preset: str, *, seed: int, period: int | None = None, **parameters: Any) -> Policy:
-    """A preset as the study has it: with the artifact's cold start, unless one is given.
+    """A preset as the study has it: with the artifact's cold start and watermark.
 
     Raises:
         ValueError: see :func:`penstock.core.policies.presets.build`.
@@ -53,7 +110,24 @@ def study_policy(preset: str, *, seed: int, period: int | None = None, **paramet
     known = presets.PRESETS.get(preset)
     if known is not None and "cold_start" in known.parameters:
         parameters.setdefault("cold_start", COLD_START)
-    return presets.build(preset, seed=seed, period=period, **parameters)
+    policy = presets.build(preset, seed=seed, period=period, **parameters)
+    if isinstance(policy.admit, Aggressive):
+        return replace(policy, admit=PromptWatermark(policy.admit.watermark))
+    return policy
+
+
+def count_bounces(run: Run, policy: Policy) -> Run:
+    """The run with those evicted at once among its evictions."""
+    if not isinstance(policy.admit, PromptWatermark) or not policy.admit.bounced:
+        return run
+    bounced = policy.admit.bounced
+    records = [
+        record._replace(
+            ended=record.ended._replace(evictions=record.ended.evictions + bounced[record.job.id])
+        )
+        for record in run.records
+    ]
+    return replace(run, records=records, evictions=run.evictions + bounced.total())
 
 
 def behaviour(run: Run, kv_tokens: int) -> Behaviour:
