@@ -83,26 +83,33 @@ def scenarios(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[tuple[i
     return tokens, steps, joining
 
 
-@given(scenarios(), st.sampled_from(BLOCK_SIZES))
+@given(scenarios(), st.sampled_from(BLOCK_SIZES), st.integers(0, 5))
 def test_joining_one_by_one_is_the_same_as_starting_together(
-    load: tuple[list[int], list[list[int]], list[tuple[int, list[int]]]], block_size: int
+    load: tuple[list[int], list[list[int]], list[tuple[int, list[int]]]],
+    block_size: int,
+    unasked: int,
 ) -> None:
+    """Also if the first ones join without an exact answer."""
     tokens, steps, joining = load
     width = len(tokens)
     matrix = np.array(steps, dtype=np.int64).reshape(len(steps), width)
     matrix.flags.writeable = False
     future = Occupancy(ints(tokens), matrix, block_size)
     there = [list(zip(tokens, row, strict=True)) for row in steps]
-    for more, further in joining:
+    for turn, (more, further) in enumerate(joining):
         joined = [[*pairs_, (more, step)] for pairs_, step in zip(there, further, strict=True)]
         expected = [walked(pairs_, block_size) for pairs_ in joined]
-        assert future.at_most(more, further) >= max(expected)
+        bound = future.at_most(more, further)
+        assert bound >= max(expected)
+        there = joined
+        if turn < unasked:
+            future.add(more, further, bound)
+            continue
         before = future.peaks
         assert future.with_candidate(more, further) == expected
         assert future.peaks == before, "asking must not change anything"
-        future.add(more, further)
+        future.add(more, further, max(expected))
         assert future.peaks == expected
-        there = joined
 
 
 @given(scenarios(), st.sampled_from(BLOCK_SIZES))

@@ -16,11 +16,11 @@ With blocks of ``s`` tokens each term is rounded up by itself:
 a sort and prefix sums still do.
 
 One more request that runs until ``b`` adds ``ceil((a + b_i) / s)`` to each ``M_i`` with
-``b_i < b``, leaves the others as they are, and has a moment of its own: prefix sums, and maxima
-from either end, answer that with one bisection.
+``b_i < b``, leaves the others as they are, and has a moment of its own.  No peak exceeds the sum
+of what each will hold at its end; while that is low enough, nothing needs to be sorted.
 
-Cost, per scenario: O(n log n + n s) to build, O(log n) for each candidate (O(n) where its
-blocks and another's may be out of step by one just at the peak), O(n) to let it join.
+Cost, per scenario: O(n log n + n s) to build, O(n) for each candidate and for each that joins, in
+a handful of vector operations; O(1) for a candidate that the sum of all ends answers.
 """
 
 from __future__ import annotations
@@ -48,126 +48,123 @@ class Occupancy:
         block_size: tokens per block.
     """
 
-    __slots__ = ("_block_size", "_worst", "scenarios")
+    __slots__ = ("_joined", "_size", "_sorted", "_steps", "_tokens", "_worst")
 
     def __init__(self, tokens: Ints, steps: Ints, block_size: int) -> None:
-        self._block_size = block_size
-        count = steps.shape[1]
-        negative = -steps
-        order = negative.argsort(axis=1)
-        row = np.arange(len(steps))[:, np.newaxis]
-        negative = negative[row, order]
-        alive = np.arange(1, count + 1)
-        rounds, rest = np.divmod(-negative, block_size)
-        quotient, residue = np.divmod(tokens - 1, block_size)
-        sums = quotient[order].cumsum(axis=1)
-        at_end = sums + alive * (rounds + 1)
-        at_least = None
-        if block_size > 1:
-            classes = np.arange(block_size + 1)[:, np.newaxis]
-            at_least = (residue[order][:, np.newaxis] >= classes).cumsum(axis=2, dtype=np.int32)
-            at_end += at_least[row, block_size - rest, alive - 1]
-        ahead = at_end + rounds
-        ahead += 1
-        self.scenarios = [
-            Scenario(
-                block_size, negative[k], sums[k], None if at_least is None else at_least[k],
-                rest[k], at_end[k], ahead[k],
-            )
-            for k in range(len(steps))
-        ]  # fmt: skip
-        self._worst = max(self.peaks)
+        self._tokens = tokens
+        self._steps = steps
+        self._size = block_size
+        # Who joined before anything was sorted: tokens, and steps per scenario.
+        self._joined: list[tuple[int, Sequence[int]]] = []
+        self._sorted: list[Scenario] | None = None
+        ends = int(tokens.sum()) + int(steps.sum(axis=1).max())
+        self._worst = (ends + len(tokens) * (block_size - 1)) // block_size
 
     @property
     def peaks(self) -> list[int]:
         """Per scenario, in blocks."""
-        return [scenario.peak for scenario in self.scenarios]
+        return [scenario.peak for scenario in self._scenarios()]
 
     def at_most(self, tokens: int, steps: Sequence[int]) -> int:
         """A quick upper bound of the peaks if one more request joined."""
-        return self._worst - (-(tokens + max(steps)) // self._block_size)
+        return self._worst - (-(tokens + max(steps)) // self._size)
 
     def with_candidate(self, tokens: int, steps: Sequence[int]) -> list[int]:
         """The peaks if one more request joined; ``steps`` has a number per scenario."""
         return [
             scenario.joined_by(tokens, until)
-            for scenario, until in zip(self.scenarios, steps, strict=True)
+            for scenario, until in zip(self._scenarios(), steps, strict=True)
         ]
 
-    def add(self, tokens: int, steps: Sequence[int]) -> None:
-        """Let it join."""
-        for scenario, until in zip(self.scenarios, steps, strict=True):
+    def add(self, tokens: int, steps: Sequence[int], worst: int) -> None:
+        """Let it join; ``worst`` is what :meth:`at_most` or the largest peak was with it."""
+        self._worst = worst
+        if self._sorted is None:
+            self._joined.append((tokens, steps))
+            return
+        for scenario, until in zip(self._sorted, steps, strict=True):
             scenario.join(tokens, until)
-        self._worst = max(self.peaks)
+
+    def _scenarios(self) -> list[Scenario]:
+        if self._sorted is None:
+            tokens, steps = self._tokens, self._steps
+            if self._joined:
+                more = np.array([tokens for tokens, _ in self._joined], dtype=np.int64)
+                further = np.array([steps for _, steps in self._joined], dtype=np.int64)
+                tokens = np.concatenate((tokens, more))
+                steps = np.concatenate((steps, further.T), axis=1)
+            self._sorted = _sorted_scenarios(tokens, steps, self._size)
+        return self._sorted
 
 
 class Scenario:
     """One future: the module's rule worked out, in rows by steps descending.
 
-    Attributes:
-        peak: its largest occupancy, in blocks.
-
     Args:
+        size: tokens per block.
         negative: minus the steps of each row, so that it ascends.
         sums: sums of ``q`` up to each row.
-        at_least: [s + 1, n], how many up to each row have a residue of x or more.
-        rest: ``R`` of each row.
+        at_least: [s + 1, n], how many up to each row have a residue of x or more; None for
+            blocks of one token.
         at_end: M of each row.
-        ahead: M_i + Q_i + 1, to which a longer request adds its own ``q``, and perhaps 1.
     """
 
-    __slots__ = (
-        "_ahead", "_at_end", "_at_least", "_later", "_moments", "_negative", "_rest", "_size",
-        "_sums", "_until_here", "peak",
-    )  # fmt: skip
+    __slots__ = ("_at_end", "_at_least", "_moments", "_negative", "_size", "_sums")
 
     def __init__(
-        self, size: int, negative: Ints, sums: Ints, at_least: NDArray[np.int32] | None,
-        rest: Ints, at_end: Ints, ahead: Ints,
-    ) -> None:  # fmt: skip
+        self,
+        size: int,
+        negative: Ints,
+        sums: Ints,
+        at_least: NDArray[np.int32] | None,
+        at_end: Ints,
+    ) -> None:
         self._size = size
         self._negative = negative
         self._sums = sums
         self._at_least = at_least
-        self._rest = rest
         self._at_end = at_end
-        self._ahead = ahead
         # Those who joined: tokens, steps, and the memory when each is about to end.
         self._moments: list[tuple[int, int, int]] = []
-        self._maxima()
+
+    @property
+    def peak(self) -> int:
+        """Its largest occupancy, in blocks."""
+        worst = max([memory for _, _, memory in self._moments], default=0)
+        return max(worst, int(self._at_end.max())) if len(self._at_end) else worst
 
     def joined_by(self, tokens: int, until: int) -> int:
         """The peak with one more request, which runs for ``until`` steps."""
         size, place = self._size, bisect_right(self._negative, -until)
-        quotient, residue = divmod(tokens - 1, size)
         worst = self._own(tokens, until, place)
-        if place:
-            worst = max(worst, int(self._until_here[place - 1]))
         for _, other, memory in self._moments:
             more = -(-(tokens + other) // size) if other < until else 0
             worst = max(worst, memory + more)
-        if place < len(self._ahead):
-            ahead = int(self._later[place]) + quotient
-            # One block more, perhaps, where the residues add up to a block.
-            if residue and worst <= ahead:
-                there = self._rest[place:] >= size - residue
-                ahead = int((self._ahead[place:] + there).max()) + quotient
-            worst = max(worst, ahead)
+        if place:
+            worst = max(worst, int(self._at_end[:place].max()))
+        if place < len(self._at_end):
+            later = self._at_end[place:] + self._blocks(tokens, place)
+            worst = max(worst, int(later.max()))
         return worst
 
     def join(self, tokens: int, until: int) -> None:
         """Let one more request in."""
         size, place = self._size, bisect_right(self._negative, -until)
         own = self._own(tokens, until, place)
-        more = (tokens + size - 1 - self._negative[place:]) // size
-        self._at_end[place:] += more
-        self._ahead[place:] += more
+        self._at_end[place:] += self._blocks(tokens, place)
         self._moments = [
             (a, b, memory - (-(tokens + b) // size) if b < until else memory)
             for a, b, memory in self._moments
         ]
         self._moments.append((tokens, until, own))
-        self._maxima()
+
+    def _blocks(self, tokens: int, place: int) -> Ints:
+        """Blocks of one with so many tokens now when each row from ``place`` on ends."""
+        size = self._size
+        later: Ints = (tokens + size - 1) - self._negative[place:]
+        if size > 1:
+            later //= size
+        return later
 
     def _own(self, tokens: int, until: int, place: int) -> int:
         """Memory when it is about to end itself, with those that do not end before."""
@@ -183,9 +180,25 @@ class Scenario:
                 memory += int(self._at_least[size - rest, place - 1])
         return memory
 
-    def _maxima(self) -> None:
-        self._until_here = np.maximum.accumulate(self._at_end)
-        self._later = np.maximum.accumulate(self._ahead[::-1])[::-1]
-        self.peak = max([memory for _, _, memory in self._moments], default=0)
-        if len(self._until_here):
-            self.peak = max(self.peak, int(self._until_here[-1]))
+
+def _sorted_scenarios(tokens: Ints, steps: Ints, size: int) -> list[Scenario]:
+    negative = -steps
+    order = negative.argsort(axis=1)
+    row = np.arange(len(steps))[:, np.newaxis]
+    negative = negative[row, order]
+    alive = np.arange(1, steps.shape[1] + 1)
+    if size == 1:
+        sums = (tokens - 1)[order].cumsum(axis=1)
+        at_end = sums + alive * (1 - negative)
+        return [
+            Scenario(1, *rows)
+            for rows in zip(negative, sums, [None] * len(steps), at_end, strict=True)
+        ]
+    rounds, rest = np.divmod(-negative, size)
+    quotient, residue = np.divmod(tokens - 1, size)
+    sums = quotient[order].cumsum(axis=1)
+    classes = np.arange(size + 1)[:, np.newaxis]
+    at_least = (residue[order][:, np.newaxis] >= classes).cumsum(axis=2, dtype=np.int32)
+    at_end = sums + alive * (rounds + 1)
+    at_end += at_least[row, size - rest, alive - 1]
+    return [Scenario(size, *rows) for rows in zip(negative, sums, at_least, at_end, strict=True)]

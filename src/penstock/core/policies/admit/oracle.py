@@ -50,14 +50,16 @@ class Oracle:
             if future is None:
                 future = self._occupancy(view)
                 for earlier in admitted:
-                    future.add(earlier.tokens, steps_of(earlier))
+                    left = steps_of(earlier)
+                    future.add(earlier.tokens, left, future.at_most(earlier.tokens, left))
             steps = steps_of(candidate)
-            worst = fixed + future.at_most(candidate.tokens, steps)
-            if worst > view.capacity:
-                worst = fixed + future.with_candidate(candidate.tokens, steps)[0]
-            if worst > view.capacity:
-                return Defer(f"KV memory: true peak of {worst} blocks exceeds {view.capacity}")
-            future.add(candidate.tokens, steps)
+            worst = future.at_most(candidate.tokens, steps)
+            if fixed + worst > view.capacity:
+                worst = future.with_candidate(candidate.tokens, steps)[0]
+            if fixed + worst > view.capacity:
+                peak = fixed + worst
+                return Defer(f"KV memory: true peak of {peak} blocks exceeds {view.capacity}")
+            future.add(candidate.tokens, steps, worst)
             return ADMIT
 
         return answer

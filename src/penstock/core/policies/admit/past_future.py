@@ -118,14 +118,15 @@ class _Pass:
         if future is None:
             future = self._future = self._occupancy()
             for earlier in self.admitted:
-                future.add(earlier.tokens, self._steps(earlier))
+                drawn = self._steps(earlier)
+                future.add(earlier.tokens, drawn, future.at_most(earlier.tokens, drawn))
         steps = self._steps(candidate)
         # A bound that costs nothing, before the exact answer.
         worst = future.at_most(candidate.tokens, steps)
         if worst >= limit:
             worst = max(future.with_candidate(candidate.tokens, steps))
         if worst < limit:
-            future.add(candidate.tokens, steps)
+            future.add(candidate.tokens, steps, worst)
         return worst
 
     def _occupancy(self) -> Occupancy:
