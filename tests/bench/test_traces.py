@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_rows_out_of_order_are_sorted_and_it_is_said(tmp_path: Path) -> None:
     assert made.prompt.tolist() == [3, 1]
     assert made.arrival.tolist() == [0, 2]
     assert made.notes == (
-        "rows sorted by time: line 3, column 'arrival_s', is before the line above it",
+        "rows sorted by time: row 2 (line 3), column 'arrival_s', is before the row above it",
     )
 
 
@@ -101,39 +102,163 @@ def bad(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
+def lines(*rows: dict[str, object]) -> str:
+    return "\n".join(map(json.dumps, rows)) + "\n"
+
+
+def without(row: dict[str, object], key: str) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name != key}
+
+
+M0, M1, M2 = MOONCAKE
+O0, O1ST = O1
+
+
+@pytest.mark.parametrize("zipped", ["", ".gz"])
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", bad(AZURE, "396", "many"), "line 3, column 'ContextTokens' is 'many'"),
-        ("a.csv", bad(AZURE, "109", "-1"), "line 3, column 'GeneratedTokens' is '-1'"),
-        ("a.csv", bad(AZURE, "109", "1.5"), "line 3, column 'GeneratedTokens' is '1.5'"),
-        ("a.csv", bad(AZURE, "109", ""), "line 3, column 'GeneratedTokens' is None"),
-        ("a.csv", bad(AZURE, "109", "0"), "line 3, column 'GeneratedTokens' is 0"),
-        ("a.csv", bad(AZURE, "2023-11-16 18:15:50", "noon"), "line 3, column 'TIMESTAMP' is"),
-        ("p.csv", bad(PLAIN, "11,", "nan,"), "line 3, column 'arrival_s' is 'nan'"),
-        ("p.csv", "a,b\n1,2\n", "has the columns a, b; known formats are Azure"),
-        ("p.csv", "prompt_tokens,output_tokens\n", "has no rows"),
-        ("b.csv", bad(bad(BURST, ",18,", ",0,"), ",230,", ",0,"), "only failed requests"),
-        ("m.jsonl", "{}\nnonsense\n", "line 2 is not JSON"),
-        ("m.json", "[1]", "row 1 is 1; it must be a JSON object"),
-        ("m.json", json.dumps([O1[0], {"prompt_tokens": 3}]), "column 'completion_tokens' is None"),
+        # Azure
+        ("a.csv", bad(AZURE, "396", "many"), "row 2 (line 3), column 'ContextTokens' is 'many'"),
+        ("a.csv", bad(AZURE, "109", "-1"), "row 2 (line 3), column 'GeneratedTokens' is '-1'"),
+        ("a.csv", bad(AZURE, "374", "-9"), "row 1 (line 2), column 'ContextTokens' is '-9'"),
+        ("a.csv", bad(AZURE, "109", "1.5"), "row 2 (line 3), column 'GeneratedTokens' is '1.5'"),
+        ("a.csv", bad(AZURE, "109", ""), "row 2 (line 3), column 'GeneratedTokens' is missing"),
+        ("a.csv", bad(AZURE, "109", "0"), "row 2 (line 3), column 'GeneratedTokens' is '0'"),
         (
-            "m.json",
-            '[{"prompt_tokens": "4", "completion_tokens": 3}]',
-            "column 'prompt_tokens' is '4'",
+            "a.csv",
+            bad(AZURE, "2023-11-16 18:15:50", "noon"),
+            "row 2 (line 3), column 'TIMESTAMP' is 'noon.9951690'; it must be a time such as 2023",
+        ),
+        (
+            "a.csv",
+            bad(AZURE, ",GeneratedTokens", ""),
+            "row 1 (line 2) has 3 cells for 2 columns, the last of which is 'ContextTokens'",
+        ),
+        (
+            "a.csv",
+            bad(AZURE, "GeneratedTokens", "Generated"),
+            "for a trace in the Azure LLM inference format it lacks GeneratedTokens; known formats",
+        ),
+        ("a.csv", AZURE + "\n" + AZURE.splitlines()[1], "row 4 (line 5), column 'ContextTokens'"),
+        ("a.csv", "\n".join(AZURE.splitlines()[:1]), "has no rows"),
+        # BurstGPT
+        ("b.csv", bad(BURST, "472", "-472"), "row 1 (line 2), column 'Request tokens' is '-472'"),
+        ("b.csv", bad(BURST, ",230,", ",x,"), "row 2 (line 3), column 'Response tokens' is 'x'"),
+        ("b.csv", bad(BURST, "\n45,", "\n-45,"), "row 2 (line 3), column 'Timestamp' is '-45'"),
+        (
+            "b.csv",
+            bad(BURST, "Response tokens", "Response"),
+            "for a trace in the BurstGPT format it lacks Response tokens",
+        ),
+        ("b.csv", bad(bad(BURST, ",18,", ",0,"), ",230,", ",0,"), "only failed requests"),
+        # Mooncake
+        ("m.jsonl", "{}\nnonsense\n", "line 2 is not JSON"),
+        (
+            "m.jsonl",
+            lines(M0) + "\n" + lines(without(M1, "output_length")),
+            "row 2 (line 3), column 'output_length' is missing",
         ),
         (
             "m.jsonl",
-            json.dumps({**MOONCAKE[0], "hash_ids": [1, "x"]}),
-            r"line 1, column 'hash_ids' is \[1, 'x'\]",
+            lines(M0, {**M1, "input_length": -7}),
+            "row 2 (line 2), column 'input_length' is -7; it must be a whole number of tokens",
         ),
+        (
+            "m.jsonl",
+            lines(M0, M1, {**M2, "timestamp": "3000"}),
+            "row 3 (line 3), column 'timestamp' is '3000'",
+        ),
+        (
+            "m.jsonl",
+            lines(without(M0, "timestamp")),
+            "for a trace in the Mooncake format it lacks timestamp",
+        ),
+        (
+            "m.jsonl",
+            lines({**M0, "hash_ids": [1, "x"]}),
+            "row 1 (line 1), column 'hash_ids' is [1, 'x']",
+        ),
+        ("m.jsonl", "", "has no rows"),
+        # ShareGPT-o1
+        ("m.json", "[1]", "row 1 is 1; it must be a JSON object"),
+        (
+            "m.json",
+            json.dumps([O0, without(O1ST, "completion_tokens")]),
+            "row 2, column 'completion_tokens' is missing",
+        ),
+        (
+            "m.json",
+            json.dumps([O0, {**O1ST, "prompt_tokens": "4"}]),
+            "row 2, column 'prompt_tokens' is '4'",
+        ),
+        (
+            "m.json",
+            json.dumps([O0, {**O1ST, "completion_tokens": -976}]),
+            "row 2, column 'completion_tokens' is -976",
+        ),
+        (
+            "m.json",
+            json.dumps([without(O0, "completion_tokens")]),
+            "m.json: has the columns prompt_tokens; for a trace in the ShareGPT-o1 format it lacks",
+        ),
+        ("m.json", "[{]", "is not a JSON list"),
+        # plain
+        ("p.csv", bad(PLAIN, "11,", "nan,"), "row 2 (line 3), column 'arrival_s' is 'nan'"),
+        ("p.csv", bad(PLAIN, "11,", "-11,"), "row 2 (line 3), column 'arrival_s' is '-11'"),
+        ("p.csv", bad(PLAIN, ",5,", ",-5,"), "row 2 (line 3), column 'prompt_tokens' is '-5'"),
+        ("p.csv", bad(PLAIN, ",5,6", ",5"), "row 2 (line 3), column 'output_tokens' is missing"),
+        ("p.csv", bad(PLAIN, ",5,6", ",5,6,7"), "row 2 (line 3) has 4 cells for 3 columns"),
+        (
+            "p.csv",
+            bad(PLAIN, "arrival_s", "output_tokens"),
+            "line 1 names the column 'output_tokens' twice",
+        ),
+        (
+            "p.csv",
+            bad(PLAIN, ",output_tokens", ",output"),
+            "line 1 has the columns arrival_s, prompt_tokens, output; for a trace in the plain format",
+        ),
+        ("p.csv", "a,b\n1,2\n", "has the columns a, b; known formats are Azure"),
+        ("p.csv", "", "is not a readable table"),
     ],
 )
-def test_a_bad_file_is_refused_by_file_line_and_column(
-    tmp_path: Path, name: str, text: str, message: str
+def test_a_bad_file_is_refused_by_file_row_and_column(
+    tmp_path: Path, name: str, text: str, message: str, zipped: str
 ) -> None:
-    with pytest.raises(TraceError, match=f"{name}: .*{message}"):
-        load(write(tmp_path, name, text))
+    path = write(tmp_path, name + zipped, text)
+    message = message.replace(f"{name}:", f"{name}{zipped}:")
+    with pytest.raises(TraceError, match=re.escape(message)) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ["p.csv.gz", "m.jsonl.gz"])
+def test_a_cut_gzip_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(PLAIN.encode() * 50)[:-9])
+    with pytest.raises(TraceError, match=name):
+        load(path)
+
+
+def test_a_bad_parquet_file_is_refused_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pl.DataFrame({"prompt_tokens": [3, -5], "output_tokens": [4, 6]}).write_parquet(path)
+    with pytest.raises(TraceError, match=r"p.parquet: row 2, column 'prompt_tokens' is -5"):
+        load(path)
+    path.write_bytes(b"no such thing")
+    with pytest.raises(TraceError, match="is not a readable table"):
+        load(path)
+
+
+def test_requests_know_their_cells(tmp_path: Path) -> None:
+    """Also when they were put in order, and when failed ones were left out before them."""
+    made = load(write(tmp_path, "b.csv", bad(BURST, "\n45,", "\n3,")))
+    assert made.origin is not None
+    assert made.origin.cell(0, made.origin.output).endswith(
+        "b.csv: row 2 (line 3), column 'Response tokens'"
+    )
+    assert made.take([1]).origin.cell(0, "x").endswith("row 1 (line 2), column 'x'")
 
 
 @pytest.mark.parametrize(

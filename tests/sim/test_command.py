@@ -81,7 +81,10 @@ def test_without_json_there_is_a_table(tmp_path: Path, capsys: pytest.CaptureFix
         (f"{STUDY} --preset vllm --parameters.window 40", "none of the presets vllm has it"),
         (f"{STUDY} --preset best --input 5", "preset 'best' is unknown"),
         (f"{STUDY} --input 5-x", "'5-x' is not understood"),
-        (f"{STUDY} --input 5 --cap 9100", r"can never fit kv_tokens"),
+        (
+            f"{STUDY} --input 5 --cap 9100",
+            "request 0 (counted from 0), prompt tokens is 5; with a cap",
+        ),
         (f"{STUDY} --trace nowhere.csv", "nowhere.csv"),
     ],
 )
@@ -92,24 +95,66 @@ def test_what_is_wrong_is_named(
     assert message in capsys.readouterr().err
 
 
+HEAD = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+@pytest.mark.parametrize("how", ["--arrivals trace", "--rate 3", "--clients 2", ""])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("arrival_s,prompt_tokens\n0,3\n", "has the columns arrival_s, prompt_tokens"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,-3,4\n", "line 2, column 'prompt_tokens'"),
+        ("arrival_s,prompt_tokens\n0,3\n", "line 1 has the columns arrival_s, prompt_tokens"),
+        (f"{HEAD}0,-3,4\n", "row 1 (line 2), column 'prompt_tokens' is '-3'"),
         (
-            "arrival_s,prompt_tokens,output_tokens\n5,3,4\n2,3,4\n",
-            "line 3, column 'arrival_s', is before the line above it",
+            f"{HEAD}5,3,4\n2,3,4\n",
+            "rows are not in order of time: row 2 (line 3), column 'arrival_s', is before the row",
         ),
-        ("arrival_s,prompt_tokens,output_tokens\n0,3,4\n1,9999,4\n", "request 1 "),
+        (
+            f"{HEAD}0,3,4\n1,9999,4\n",
+            "row 2 (line 3), column 'prompt_tokens' is 9999; it can never fit kv_tokens (9000)",
+        ),
+        (
+            f"{HEAD}0,3,4\n1,9,8993\n",
+            "row 2 (line 3), column 'output_tokens' is 8993; with its prompt of 9 tokens it can",
+        ),
+        (
+            f"{HEAD}0,8000,4\n1,9,2000\n",
+            "row 1 (line 2), column 'prompt_tokens' is 8000; with a cap of 2000 tokens (the longest",
+        ),
     ],
 )
-def test_a_bad_trace_is_refused_by_file_and_row(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_bad_trace_is_refused_by_file_row_and_column(
+    text: str, message: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text(text, encoding="utf-8")
-    assert penstock(f"--trace {trace} --arrivals trace {STUDY}") == 2
-    error = capsys.readouterr().err
-    assert "t.csv" in error
-    assert message in error
+    assert penstock(f"--trace {trace} {how} {STUDY}") == 2
+    out = capsys.readouterr()
+    assert out.err.startswith(f"penstock simulate: {trace}: ")
+    assert message in out.err
+    assert out.out == ""
+
+
+def test_a_request_that_just_fits_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text(f"{HEAD}0,9,8992\n", encoding="utf-8")
+    (run,) = runs_of(f"--trace {trace} {STUDY}", capsys)
+    assert run["finished"] == 1
+
+
+def test_outputs_beyond_the_cap_of_a_study_must_fit_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are not cut there, so such a request would be evicted again and again."""
+    assert penstock(f"--input 5 --output 8996-8999 --requests 30 --cap 100 {STUDY}") == 2
+    assert "output tokens is 899" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "b.csv"
+    trace.write_text("Timestamp,Request tokens,Response tokens\n0,3,4\n1,5,0\n", encoding="utf-8")
+    words = f"--trace {trace} --requests 9 --arrivals trace {STUDY} --json -"
+    assert penstock(words) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [
+        "1 failed requests of the trace (0 tokens) left out",
+        "the trace has only 1 of 9 requests",
+    ]

@@ -211,11 +211,14 @@ def build_workload(options: WorkloadOptions, load: LoadOptions) -> Workload:
 
 def _traced(options: WorkloadOptions, load: LoadOptions) -> Workload:
     made = traces.load(options.trace or Path())
-    if load.arrivals == "trace":
-        return made.take(range(min(options.requests or len(made), len(made))))
-    if options.requests is None or made.hash_ids is not None:
-        return made.take(range(min(options.requests or len(made), len(made))))
-    return shuffled(made, options.requests, options.seed)
+    if options.requests is None:
+        return made
+    if load.arrivals != "trace" and made.hash_ids is None:
+        return shuffled(made, options.requests, options.seed)
+    if options.requests > len(made):
+        note = f"the trace has only {len(made)} of {options.requests} requests"
+        return replace(made, notes=(*made.notes, note))
+    return made.take(range(options.requests))
 
 
 def _timed(made: Workload, options: WorkloadOptions, load: LoadOptions) -> Workload:
@@ -231,7 +234,10 @@ def _timed(made: Workload, options: WorkloadOptions, load: LoadOptions) -> Workl
         return made
     if load.arrivals == "trace":
         if made.arrival is None:
-            msg = f"arrivals is 'trace', but {made.source} has no arrival times"
+            msg = (
+                f"arrivals is 'trace', but {made.source} has no arrival times (in a plain trace, "
+                "a column arrival_s)"
+            )
             raise UsageError(msg)
         if load.rate is not None:
             msg = "--arrivals trace has the trace's own rate; use --speed instead of --rate"

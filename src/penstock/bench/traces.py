@@ -1,4 +1,4 @@
-"""Trace files: told apart by their columns; a bad cell is refused by file, line and column.
+"""Trace files: told apart by their columns; a bad cell is refused by file, row and column.
 
 =====================  ==============================================================  =========
 format                 columns                                                         times
@@ -10,14 +10,18 @@ ShareGPT-o1            prompt_tokens, completion_tokens (JSON list)             
 plain                  [arrival_s,] prompt_tokens, output_tokens (CSV, Parquet)        seconds
 =====================  ==============================================================  =========
 
-Each may be gzipped (not Parquet).  Times start at 0 in the result.
+Each may be gzipped (not Parquet).  Times start at 0 in the result.  Rows are counted from 1, the
+header aside; where a row has a line of its own, it is named too.  Other columns are ignored.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,7 +29,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.bench.workload import Floats, Ints, Workload
+from penstock.bench.workload import Floats, Ints, Origin, Workload
 
 if TYPE_CHECKING:
     import polars as pl
@@ -65,35 +69,60 @@ _FORMATS = (
     _Format("plain", "prompt_tokens", "output_tokens", "arrival_s"),
     _Format("plain", "prompt_tokens", "output_tokens", None),
 )
+_JSON_KEYS = frozenset(
+    {"timestamp", "input_length", "output_length", "hash_ids"}
+    | {"prompt_tokens", "completion_tokens", "output_tokens", "arrival_s"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A file's rows; ``lines`` says where they are in a text file."""
+
+    path: Path
+    frame: pl.DataFrame
+    lines: Sequence[int] | None = None
+
+    @property
+    def header(self) -> str:
+        """Where the columns' names are."""
+        return "" if self.lines is None or self.path.suffix == ".json" else "line 1 "
+
+    def place(self, row: int) -> str:
+        """Name a row, given by its index."""
+        return Origin.place(row, self.lines)
+
+    def refuse(self, row: int, column: str, right: str) -> NoReturn:
+        """A cell is not what it must be."""
+        value = self.frame[column].to_list()[row]
+        shown = "missing" if value is None else repr(value)[:60]
+        what = f"{self.place(row)}, column {column!r} is {shown}; it must be {right}"
+        _refuse(self.path, what)
 
 
 def load(path: Path) -> Workload:
     """Read a trace file.
 
     Raises:
-        TraceError: the file, line and column at fault and what would be right.
+        TraceError: the file, row and column at fault and what would be right.
         OSError: the file cannot be read.
     """
-    first = 1 if _is_json(path) else 2  # the line of the first row; Parquet rows count from 1
-    frame = _json_frame(path) if first == 1 else _frame(path)
-    if path.suffix == ".parquet":
-        first = 1
-    form = _detect(path, frame.columns)
-    if frame.height == 0:
-        _refuse(path, "has no rows")
+    path.stat()
+    table = _json_table(path) if _is_json(path) else _table(path)
+    form = _detect(table)
     notes: list[str] = []
-    prompt = _counts(path, frame, form.prompt, first)
-    output = _counts(path, frame, form.output, first)
-    keep = _served(path, form, prompt, output, first)
+    prompt = _counts(table, form.prompt)
+    output = _counts(table, form.output)
+    keep = _served(table, form, prompt, output)
     if not keep.all():
         notes.append(f"{(~keep).sum()} failed requests of the trace (0 tokens) left out")
     if not keep.any():
         _refuse(path, "has only failed requests (0 tokens)")
-    arrival = _arrivals(path, frame, form, first)
+    arrival = _arrivals(table, form)
     if arrival is not None and (np.diff(arrival) < 0).any():
-        line = int(np.argmax(np.diff(arrival) < 0)) + 1 + first
-        notes.append(f"{SORTED}: line {line}, column {form.time!r}, is before the line above it")
-    hash_ids = _hash_ids(path, frame) if "hash_ids" in frame.columns else None
+        where = table.place(int(np.argmax(np.diff(arrival) < 0)) + 1)
+        notes.append(f"{SORTED}: {where}, column {form.time!r}, is before the row above it")
+    hash_ids = _hash_ids(table) if "hash_ids" in table.frame.columns else None
     workload = Workload(
         source=f"{path.name} ({form.name})",
         prompt=prompt,
@@ -102,6 +131,7 @@ def load(path: Path) -> Workload:
         hash_ids=hash_ids,
         hash_block=MOONCAKE_BLOCK if hash_ids is not None else 0,
         notes=tuple(notes),
+        origin=Origin(str(path), form.prompt, form.output, np.arange(len(prompt)), table.lines),
     )
     return _in_order(workload.take(np.flatnonzero(keep)), spread=form.name == "Mooncake")
 
@@ -111,42 +141,71 @@ def _is_json(path: Path) -> bool:
     return name.endswith((".json", ".jsonl"))
 
 
-def _frame(path: Path) -> pl.DataFrame:
+def _table(path: Path) -> _Table:
     import polars as pl
 
     try:
         if path.suffix == ".parquet":
-            return pl.read_parquet(path)
-        return pl.read_csv(path, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
+            return _Table(path, pl.read_parquet(path))
+        frame = pl.read_csv(path, infer_schema=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        if path.suffix != ".parquet":
+            _refuse_ragged(path)
         _refuse(path, f"is not a readable table: {str(error).splitlines()[0]}")
+    for name in frame.columns:
+        if name.endswith("_duplicated_0"):
+            _refuse(path, f"line 1 names the column {name.removesuffix('_duplicated_0')!r} twice")
+    return _Table(path, frame, range(2, frame.height + 2))
 
 
-def _json_frame(path: Path) -> pl.DataFrame:
+def _refuse_ragged(path: Path) -> None:
+    """Refuse a row with more cells than the header, if that is what is wrong."""
+    rows = csv.reader(io.StringIO(_bytes(path).decode("utf-8", "replace")))
+    header = next(rows, [])
+    for number, row in enumerate(rows):
+        if len(row) > len(header):
+            where = Origin.place(number, range(2, number + 3))
+            last = header[-1] if header else ""
+            what = f"{len(row)} cells for {len(header)} columns, the last of which is {last!r}"
+            _refuse(path, f"{where} has {what}")
+
+
+def _bytes(path: Path) -> bytes:
+    raw = path.read_bytes()
+    if path.suffix != ".gz":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        _refuse(path, f"is not a whole gzip file: {error}")
+
+
+def _json_table(path: Path) -> _Table:
     import polars as pl
 
-    raw = path.read_bytes()
-    try:
-        text = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (gzip.BadGzipFile, EOFError) as error:
-        _refuse(path, f"is not a gzip file: {error}")
+    text = _bytes(path)
     rows: list[object]
+    lines: list[int] | None = None
     if text.lstrip()[:1] == b"[":
         try:
             rows = msgspec.json.decode(text, type=list[object])
         except msgspec.DecodeError as error:
             _refuse(path, f"is not a JSON list: {error}")
     else:
-        rows = [_json_line(path, i, line) for i, line in enumerate(text.splitlines(), 1) if line]
-    keys = {"timestamp", "input_length", "output_length", "hash_ids"}
-    keys |= {"prompt_tokens", "completion_tokens", "output_tokens", "arrival_s"}
+        numbered = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_json_line(path, i, line) for i, line in numbered]
+        lines = [i for i, _ in numbered]
     known: dict[str, list[object]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            _refuse(path, f"row {number} is {row!r:.60}; it must be a JSON object")
-        for key in keys & row.keys():
-            known.setdefault(key, [None] * len(rows))[number - 1] = row[key]
-    return pl.DataFrame({key: pl.Series(values, dtype=pl.Object) for key, values in known.items()})
+            where = Origin.place(number, lines)
+            _refuse(path, f"{where} is {row!r:.60}; it must be a JSON object")
+        for key in _JSON_KEYS & row.keys():
+            known.setdefault(key, [None] * len(rows))[number] = row[key]
+    if not rows:
+        _refuse(path, "has no rows")
+    frame = pl.DataFrame({key: pl.Series(cells, dtype=pl.Object) for key, cells in known.items()})
+    return _Table(path, frame, lines)
 
 
 def _json_line(path: Path, number: int, line: bytes) -> object:
@@ -156,22 +215,29 @@ def _json_line(path: Path, number: int, line: bytes) -> object:
         _refuse(path, f"line {number} is not JSON: {error}")
 
 
-def _detect(path: Path, columns: Sequence[str]) -> _Format:
+def _detect(table: _Table) -> _Format:
+    columns = set(table.frame.columns)
     for form in _FORMATS:
-        if form.needed <= set(columns):
+        if form.needed <= columns:
+            if table.frame.height == 0:
+                _refuse(table.path, "has no rows")
             return form
+    nearest = max(_FORMATS, key=lambda form: len(form.needed & columns))
     known = "; ".join(f"{f.name}: {', '.join(sorted(f.needed))}" for f in _FORMATS)
-    found = ", ".join(columns) or "(none)"
-    return _refuse(path, f"has the columns {found}; known formats are {known}")
+    found = ", ".join(table.frame.columns) or "(none)"
+    what = f"{table.header}has the columns {found}"
+    if nearest.needed & columns:
+        missing = ", ".join(sorted(nearest.needed - columns))
+        what += f"; for a trace in the {nearest.name} format it lacks {missing}"
+    return _refuse(table.path, f"{what}; known formats are {known}")
 
 
-def _counts(path: Path, frame: pl.DataFrame, column: str, first: int) -> Ints:
+def _counts(table: _Table, column: str) -> Ints:
     """A column of token counts, each a whole number of at least 0."""
-    values = _numbers(frame, column)
+    values = _numbers(table.frame, column)
     bad = ~np.isfinite(values) | (values < 0) | (values != np.floor(values)) | (values > 2**53)
     if bad.any():
-        row = int(np.argmax(bad))
-        _refuse_cell(path, frame, column, row, first, "a whole number of tokens")
+        table.refuse(int(np.argmax(bad)), column, "a whole number of tokens, at least 1")
     return values.astype(np.int64)
 
 
@@ -189,26 +255,26 @@ def _numbers(frame: pl.DataFrame, column: str) -> Floats:
     return series.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy().astype(np.float64)
 
 
-def _served(path: Path, form: _Format, prompt: Ints, output: Ints, first: int) -> NDArray[np.bool_]:
+def _served(table: _Table, form: _Format, prompt: Ints, output: Ints) -> NDArray[np.bool_]:
     served = (prompt > 0) & (output > 0)
     if not form.failures and not served.all():
         row = int(np.argmin(served))
         column = form.prompt if prompt[row] == 0 else form.output
-        _refuse(path, f"line {row + first}, column {column!r} is 0; it must be at least 1 token")
+        table.refuse(row, column, "at least 1 token")
     return served
 
 
-def _arrivals(path: Path, frame: pl.DataFrame, form: _Format, first: int) -> Floats | None:
+def _arrivals(table: _Table, form: _Format) -> Floats | None:
     if form.time is None:
         return None
     if form.unit:
-        times, hint = _numbers(frame, form.time) * form.unit, "a number of at least 0"
+        times, hint = _numbers(table.frame, form.time) * form.unit, "a number of at least 0"
         bad = ~np.isfinite(times) | (times < 0)
     else:
-        times, hint = _date_times(frame, form.time), "a time such as 2023-11-16 18:15:46.68"
+        times, hint = _date_times(table.frame, form.time), "a time such as 2023-11-16 18:15:46.68"
         bad = ~np.isfinite(times)
     if bad.any():
-        _refuse_cell(path, frame, form.time, int(np.argmax(bad)), first, hint)
+        table.refuse(int(np.argmax(bad)), form.time, hint)
     start: Floats = times - times.min()
     return start
 
@@ -222,15 +288,11 @@ def _date_times(frame: pl.DataFrame, column: str) -> Floats:
     return nanoseconds.fill_null(np.nan).to_numpy() * 1e-9
 
 
-def _hash_ids(path: Path, frame: pl.DataFrame) -> tuple[tuple[int, ...], ...]:
+def _hash_ids(table: _Table) -> tuple[tuple[int, ...], ...]:
     rows = []
-    for number, value in enumerate(frame["hash_ids"].to_list(), 1):
+    for row, value in enumerate(table.frame["hash_ids"].to_list()):
         if not isinstance(value, list) or not all(type(i) is int for i in value):
-            _refuse(
-                path,
-                f"line {number}, column 'hash_ids' is {value!r:.60}; "
-                "it must be a list of whole numbers",
-            )
+            table.refuse(row, "hash_ids", "a list of whole numbers")
         rows.append(tuple(value))
     return tuple(rows)
 
@@ -250,22 +312,7 @@ def _in_order(workload: Workload, *, spread: bool) -> Workload:
         offset = np.concatenate([np.arange(n) / n for n in counts])
         times = np.repeat(stamps, counts) + offset * np.repeat(steps, counts)
         notes.append("requests under one time stamp spread evenly up to the next stamp")
-    return Workload(
-        workload.source,
-        workload.prompt,
-        workload.output,
-        times,
-        workload.hash_ids,
-        workload.hash_block,
-        notes=tuple(notes),
-    )
-
-
-def _refuse_cell(
-    path: Path, frame: pl.DataFrame, column: str, row: int, first: int, right: str
-) -> NoReturn:
-    value = frame[column].to_list()[row]
-    _refuse(path, f"line {row + first}, column {column!r} is {value!r}; it must be {right}")
+    return replace(workload, arrival=times, notes=tuple(notes))
 
 
 def _refuse(path: Path, what: str) -> NoReturn:

@@ -26,6 +26,33 @@ class SLOClass:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The file that a workload was read from.
+
+    Attributes:
+        path: the file.
+        prompt, output: the columns of the lengths.
+        rows: index of each request's row in the file.
+        lines: the line of each of the file's rows; None where it has no lines.
+    """
+
+    path: str
+    prompt: str
+    output: str
+    rows: Ints
+    lines: Sequence[int] | None = None
+
+    def cell(self, index: int, column: str) -> str:
+        """Name a cell of one request by file, row and column."""
+        return f"{self.path}: {self.place(int(self.rows[index]), self.lines)}, column {column!r}"
+
+    @staticmethod
+    def place(row: int, lines: Sequence[int] | None) -> str:
+        """Name a row, given by its index."""
+        return f"row {row + 1}" + ("" if lines is None else f" (line {lines[row]})")
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Requests as columns of one length.
 
@@ -38,6 +65,7 @@ class Workload:
         hash_block: prompt tokens per prefix block.
         classes: SLO classes; ``class_of`` holds indices into it.
         notes: what was left out or changed on the way, for reports.
+        origin: the file that they were read from.
     """
 
     source: str
@@ -49,6 +77,7 @@ class Workload:
     classes: tuple[SLOClass, ...] = (SLOClass(),)
     class_of: Ints | None = None
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -69,8 +98,10 @@ class Workload:
     def take(self, rows: Sequence[int] | Ints) -> Workload:
         """The requests at these rows, in this order; arrival times are kept."""
         index = np.asarray(rows, dtype=np.int64)
+        origin = self.origin
         return replace(
             self,
+            origin=None if origin is None else replace(origin, rows=origin.rows[index]),
             prompt=self.prompt[index],
             output=None if self.output is None else self.output[index],
             arrival=None if self.arrival is None else self.arrival[index],

@@ -10,9 +10,9 @@ import hashlib
 import importlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -26,6 +26,7 @@ from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
 from penstock.core.types import Capabilities, OnMiss
+from penstock.sim.fit import misfit
 from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Job, Run, Source, Watch, run
 from penstock.sim.sources import ClosedLoop, OpenLoop
@@ -268,6 +269,10 @@ def workload_of(spec: RunSpec) -> Workload:
     load = LoadOptions(clients=spec.clients, rate=spec.rate, arrivals=spec.arrivals)
     made = build_workload(options, load).with_classes(parse_slo(spec.slo), spec.seed)
     check_workload(spec, made)
+    if spec.cap is not None and not spec.steps_only and made.output is not None:
+        cut = int((made.output > spec.cap).sum())
+        if cut:
+            made = replace(made, notes=(*made.notes, f"{cut} outputs cut at the cap of {spec.cap}"))
     return made
 
 
@@ -280,13 +285,15 @@ def check_workload(spec: RunSpec, made: Workload) -> None:
     if made.output is None:
         msg = "output is 'model'; a simulation needs output lengths"
         raise SpecError(msg)
-    for note in made.notes if spec.arrivals == "trace" else ():
+    for note in made.notes:
         if note.startswith(SORTED):
-            msg = f"trace {spec.trace} is not in order of time; {note.removeprefix(SORTED)[2:]}"
+            file = spec.trace if made.origin is None else made.origin.path
+            msg = f"{file}: rows are not in order of time: {note.removeprefix(SORTED)[2:]}"
             raise SpecError(msg)
-    longest = made.prompt + (spec.cap or int(made.output.max()))
-    if int(longest.max()) - 1 > spec.kv_tokens:
-        _refuse_large(spec, made, int(longest.argmax()))
+    room = min(spec.kv_tokens, capabilities_of(spec).kv_tokens)
+    large = misfit(made, room, spec.cap, enforce_cap=not spec.steps_only)
+    if large is not None:
+        raise SpecError(large)
 
 
 def jobs_of(spec: RunSpec, workload: Workload) -> list[Job]:
@@ -353,16 +360,6 @@ def _source(spec: RunSpec, jobs: Sequence[Job]) -> Source:
 
 def _classes(summary: Summary) -> dict[str, ClassResult]:
     return {name: ClassResult(**asdict(part)) for name, part in summary.classes.items()}
-
-
-def _refuse_large(spec: RunSpec, workload: Workload, row: int) -> NoReturn:
-    cap = spec.cap or workload.longest_output
-    msg = (
-        f"{workload.source}: request {row} (counted from 0) has {workload.prompt[row]} prompt "
-        f"tokens; with a cap of {cap} it can never fit kv_tokens ({spec.kv_tokens}); lower the "
-        "cap or leave it out"
-    )
-    raise SpecError(msg)
 
 
 def _plain(value: float | None) -> str:
