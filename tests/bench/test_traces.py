@@ -217,7 +217,7 @@ O0, O1ST = O1
         (
             "p.csv",
             bad(PLAIN, ",output_tokens", ",output"),
-            "line 1 has the columns arrival_s, prompt_tokens, output; for a trace in the plain format",
+            "line 1 has the columns arrival_s, prompt_tokens, output; for a trace in the",
         ),
         ("p.csv", "a,b\n1,2\n", "has the columns a, b; known formats are Azure"),
         ("p.csv", "", "is not a readable table"),

@@ -118,7 +118,7 @@ HEAD = "arrival_s,prompt_tokens,output_tokens\n"
         ),
         (
             f"{HEAD}0,8000,4\n1,9,2000\n",
-            "row 1 (line 2), column 'prompt_tokens' is 8000; with a cap of 2000 tokens (the longest",
+            "row 1 (line 2), column 'prompt_tokens' is 8000; with a cap of 2000 tokens",
         ),
     ],
 )
