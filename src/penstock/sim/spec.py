@@ -7,7 +7,6 @@ and has a content hash by which a sweep knows what it has done already.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,6 +25,7 @@ from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
 from penstock.core.types import Capabilities, OnMiss
+from penstock.sim import profiles
 from penstock.sim.fit import misfit
 from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Job, Run, Source, Watch, run
@@ -344,9 +344,7 @@ def latency_model(spec: RunSpec) -> LatencyModel:
     """
     if spec.profile is None:
         return DecodeSteps()
-    profiles = importlib.import_module("penstock.sim.profiles")
-    model: LatencyModel = profiles.load(spec.profile)
-    return model
+    return profiles.load(spec.profile)
 
 
 def digest_of(path: Path) -> str:
