@@ -176,3 +176,16 @@ def test_templates_cannot_leave_the_sandbox(attack: str) -> None:
     with pytest.raises(RequestError) as refused:
         ChatTemplate(attack + "{{ 1 }}", {}).render(CHAT, add_generation_prompt=True)
     assert isinstance(refused.value.__cause__, SecurityError)
+
+
+def test_recommended_sampling(folder: Path) -> None:
+    update_json(
+        folder / "generation_config.json", temperature=0.6, top_k=20, do_sample=True, min_p=None
+    )
+    assert dict(load_tokenizer(folder).sampling) == {"temperature": 0.6, "top_k": 20}
+
+
+def test_recommended_sampling_that_cannot_be(folder: Path) -> None:
+    update_json(folder / "generation_config.json", top_p=1.5)
+    with pytest.raises(ValueError, match=r"generation_config.json: top_p is 1.5"):
+        load_tokenizer(folder)

@@ -9,6 +9,7 @@ change the output.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -22,6 +23,7 @@ UNSUPPORTED = frozenset(
     " reasoning_effort response_format service_tier store suffix tool_choice tools"
     " use_beam_search verbosity web_search_options".split()
 )
+_NOTHING: Mapping[str, float] = MappingProxyType({})
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -116,18 +118,31 @@ class CommonBody(BaseModel):
         """None: no log probabilities; k: the token's own and the top k."""
         return None
 
-    def sampling(self, vocabulary: int, choice: int) -> SamplingParams:
+    def sampling(
+        self, vocabulary: int, choice: int, recommended: Mapping[str, float] = _NOTHING
+    ) -> SamplingParams:
         """Sampling parameters of one choice; choices of a seeded request differ by their index.
+
+        Args:
+            vocabulary: number of token ids.
+            choice: index of the choice.
+            recommended: what the model's makers recommend, for what the request does not say.
 
         Raises:
             ApiError: 400, a token id is not in the vocabulary.
         """
+        said = self.model_fields_set
+
+        def value(name: str) -> float:
+            own: float = getattr(self, name)
+            return own if name in said else recommended.get(name, own)
+
         return SamplingParams(
-            temperature=float(self.temperature),
-            top_p=float(self.top_p),
-            top_k=self.top_k,
-            min_p=float(self.min_p),
-            repetition_penalty=float(self.repetition_penalty),
+            temperature=float(value("temperature")),
+            top_p=float(value("top_p")),
+            top_k=int(value("top_k")),
+            min_p=float(value("min_p")),
+            repetition_penalty=float(value("repetition_penalty")),
             presence_penalty=float(self.presence_penalty),
             frequency_penalty=float(self.frequency_penalty),
             logit_bias=self._bias(vocabulary),

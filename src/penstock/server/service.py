@@ -168,7 +168,7 @@ class Service:
                 priority=body.priority,
                 on_miss=promise.on_miss,
             )
-            sampling = body.sampling(self.text.vocab_size, index % body.n)
+            sampling = body.sampling(self.text.vocab_size, index % body.n, self.text.sampling)
             parts.append((request, Work(prompt, sampling, body.trace_output_tokens)))
         return parts
 

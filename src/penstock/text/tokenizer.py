@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from penstock.core.sampling import SamplingParams
 from penstock.core.types import RequestError
 from penstock.text.chat import ChatTemplate, Message
+
+_RECOMMENDABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class TextTokenizer:
@@ -21,11 +25,12 @@ class TextTokenizer:
             since a prompt must never change silently.
         chat_template: the model's, if it has one.
         eos_ids: ids that end an output.
+        sampling: what the model's makers recommend, by OpenAI's names of the parameters.
 
     Attributes:
         vocab_size: number of token ids, added ones included.  A model's logits may be wider.
         special_ids: ids that ``skip_special_tokens`` leaves out.
-        eos_ids: as given.
+        eos_ids, sampling: as given.
     """
 
     def __init__(
@@ -34,12 +39,14 @@ class TextTokenizer:
         *,
         chat_template: ChatTemplate | None = None,
         eos_ids: Iterable[int] = (),
+        sampling: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.sampling = MappingProxyType(dict(sampling))
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
@@ -95,8 +102,8 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     """Load the tokenizer of a model folder in Hugging Face's layout.
 
     Reads ``tokenizer.json``, and where present ``tokenizer_config.json``,
-    ``special_tokens_map.json``, ``chat_template.jinja`` and, for the end-of-sequence ids,
-    ``generation_config.json`` or else ``config.json``.
+    ``special_tokens_map.json``, ``chat_template.jinja``, ``generation_config.json`` and, for
+    end-of-sequence ids that the latter does not name, ``config.json``.
 
     Raises:
         FileNotFoundError: the folder has no ``tokenizer.json``.
@@ -122,6 +129,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         tokenizer,
         chat_template=None if source is None else ChatTemplate(source, special),
         eos_ids=_eos_ids(folder, tokenizer, special),
+        sampling=_sampling(folder / "generation_config.json"),
     )
 
 
@@ -159,6 +167,22 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
         named = {entry["name"]: entry["template"] for entry in source}
         source = named.get("default")
     return source if isinstance(source, str) else None
+
+
+def _sampling(file: Path) -> dict[str, float]:
+    """The sampling parameters that a model's makers recommend.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    configured = _read_json(file)
+    found = {name: configured[name] for name in _RECOMMENDABLE if configured.get(name) is not None}
+    try:
+        SamplingParams(**found)
+    except (ValueError, TypeError) as error:
+        msg = f"{file}: {error}"
+        raise ValueError(msg) from error
+    return found
 
 
 def _eos_ids(folder: Path, tokenizer: Tokenizer, special: Mapping[str, str]) -> list[int]:
