@@ -20,6 +20,7 @@ from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid, parse_axes, parse_axis
 from penstock.sim.interval import interval, ratio, student_t
 from penstock.sim.parallel import outcomes
+from penstock.sim.profiles import find
 from penstock.sim.spec import RunSpec, one_run
 from penstock.sim.sweep import CELLS, Cell, groups, sweep
 from penstock.sim.sweep_command import sweep_command
@@ -210,6 +211,20 @@ def test_another_trace_under_the_same_name_is_another_run(tmp_path: Path) -> Non
         trace.write_text(f"prompt_tokens,output_tokens\n5,{output}\n9,4\n", encoding="utf-8")
         keys.append(grid(asked, MACHINE)[0].key())
     assert keys[0] != keys[1]
+
+
+def test_another_profile_under_the_same_name_is_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    usual = find("llama-3.1-8b/h100")
+    usual.save(path)
+    machine = MachineOptions(kv_tokens=300, max_batch=16, profile=str(path))
+    specs = grid(REQUESTS, machine)
+    (first,) = sweep(specs, tmp_path, 1)
+    coefficients = {name: 2 * value for name, value in usual.coefficients.items()}
+    msgspec.structs.replace(usual, coefficients=coefficients).save(path)
+    (slower,) = sweep(specs, tmp_path, 1)
+    assert slower.key != first.key
+    assert slower.result.latency["tpot"]["mean"] > 1.5 * first.result.latency["tpot"]["mean"]
 
 
 def test_groups_hold_the_seeds_of_a_point(tmp_path: Path) -> None:

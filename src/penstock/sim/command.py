@@ -16,6 +16,8 @@ from penstock import __version__
 from penstock.bench.result import machine, seconds, share
 from penstock.bench.workload import Workload
 from penstock.core.policies.presets import PRESETS
+from penstock.sim import chrome_trace as trace_writer
+from penstock.sim import report
 from penstock.sim.simulation import Simulation, simulation_of
 from penstock.sim.spec import RunSpec, SpecError, workload_of
 
@@ -103,6 +105,8 @@ def simulate(
     requests: RequestOptions | None = None,
     machine_options: MachineOptions | None = None,
     json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    html: Path | None = None,
+    chrome_trace: Path | None = None,
 ) -> int:
     """Simulate scheduling presets on a load: the production scheduler on a virtual clock.
 
@@ -112,11 +116,19 @@ def simulate(
         requests: What is asked for.
         machine_options: What serves them.
         json: Write all numbers to this file; - writes only JSON to standard output.
+        html: Write a report with figures to this file.
+        chrome_trace: Write what happened step by step to this file, for Perfetto or
+            chrome://tracing; compressed if it ends in .gz.
     """
     try:
         specs = specs_of(requests or RequestOptions(), machine_options or MachineOptions())
         workload = workload_of(specs[0])
-        done = [simulation_of(spec, workload) for spec in specs]
+        observe = html is not None or chrome_trace is not None
+        done = [simulation_of(spec, workload, observe=observe) for spec in specs]
+        if html is not None:
+            report.simulations(done, html)
+        if chrome_trace is not None:
+            _trace(done, chrome_trace)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"penstock simulate: {error}\n")
         return 2
@@ -214,6 +226,16 @@ def _report(done: Sequence[Simulation], workload: Workload, json: str | None) ->
     console.print(_table(done, workload))
     for note in done[0].summary.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _trace(done: Sequence[Simulation], path: Path) -> None:
+    runs = [
+        (f"{one.spec.policy_name} {number}", run, observation)
+        for one in done
+        for number, (run, observation) in enumerate(zip(one.runs, one.observations, strict=True), 1)
+    ]
+    about = {"command": " ".join(sys.argv), "source": done[0].workload.source}
+    trace_writer.write(path, runs, about)
 
 
 def _table(done: Sequence[Simulation], workload: Workload) -> Table:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.bench.goodput import BOUNDS
 from penstock.bench.result import seconds, share
 from penstock.bench.workload import Workload
+from penstock.sim.observe import Observation, observed
 from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Run
 from penstock.sim.spec import (
@@ -36,6 +37,7 @@ class Simulation:
         runs: one per instance, with a record per attempt.
         summary: the numbers, by the definitions of ``docs/bench.md``.
         behaviour: the behaviour study's numbers; None with a latency model.
+        observations: one per run, if they were asked for: what happened step by step.
     """
 
     spec: RunSpec
@@ -43,6 +45,7 @@ class Simulation:
     runs: tuple[Run, ...]
     summary: RunResult
     behaviour: Behaviour | None
+    observations: tuple[Observation, ...] = ()
 
     def table(self) -> pl.DataFrame:
         """The attempts in the order in which they ended, one row each; times in seconds."""
@@ -167,15 +170,22 @@ def simulate(
     return simulation_of(spec, workload)
 
 
-def simulation_of(spec: RunSpec, workload: Workload) -> Simulation:
+def simulation_of(spec: RunSpec, workload: Workload, *, observe: bool = False) -> Simulation:
     """Simulate a specification over its requests.
+
+    Args:
+        observe: also write down what happens step by step, which takes longer.
 
     Raises:
         ValueError: it cannot be simulated.
     """
     began = time.perf_counter()
-    runs = simulate_spec(spec, workload)
+    seen: list[Observation] = []
+    if observe:
+        runs, seen = observed(spec, workload)
+    else:
+        runs = simulate_spec(spec, workload)
     wall = time.perf_counter() - began
     study = behaviour(runs[0], spec.kv_tokens) if spec.steps_only else None
     summary = result_of(runs, workload, wall)
-    return Simulation(spec, workload, tuple(runs), summary, study)
+    return Simulation(spec, workload, tuple(runs), summary, study, tuple(seen))

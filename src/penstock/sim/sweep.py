@@ -1,13 +1,14 @@
 """Many simulated runs: in parallel, kept as they end, and gone on with after an interruption.
 
 Rule: a folder holds ``cells.jsonl``, to which the outcome of every run is added as it ends, under
-the content hash of its specification.  A run whose outcome is there is not made again; one that
+a hash of all that decides it.  A run whose outcome is there is not made again; one that
 failed is.  When all is done, ``sweep.json`` and ``sweep.parquet`` hold the grid that was asked for.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import msgspec
 from penstock import __version__
 from penstock.sim.interval import Interval, interval
 from penstock.sim.parallel import outcomes
-from penstock.sim.spec import RunResult, RunSpec, SpecError, one_run
+from penstock.sim.spec import RunResult, RunSpec, SpecError, latency_model, one_run
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,7 +32,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """A run of the grid and what came of it.
 
     Attributes:
-        key: content hash of the specification.
+        key: hash of the specification and of its profile's coefficients.
         result: its numbers; None if it failed, for the reason in ``error``.
         penstock: the version that made it; ``at`` is when, in Unix seconds.
     """
@@ -95,7 +96,7 @@ def sweep(
         OSError: it cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_key = {spec.key(): spec for spec in specs}
+    by_key = _by_key(specs)
     done: dict[str, Cell] = {}
     with _store(folder / CELLS) as (known, add):
         if not fresh:
@@ -103,12 +104,12 @@ def sweep(
         tell = on_cell or _nothing
         for cell in done.values():
             tell(cell)
-        left = [spec for key, spec in by_key.items() if key not in done]
-        jobs = [msgspec.json.encode(spec) for spec in left]
+        left = [(key, spec) for key, spec in by_key.items() if key not in done]
+        jobs = [msgspec.json.encode(spec) for _, spec in left]
         for place, value, error in outcomes(run_cell, jobs, workers):
-            spec = left[place]
+            key, spec = left[place]
             result = None if value is None else msgspec.json.decode(value, type=RunResult)
-            cell = Cell(key=spec.key(), spec=spec, result=result, error=error, at=time.time())
+            cell = Cell(key=key, spec=spec, result=result, error=error, at=time.time())
             add(msgspec.json.encode(cell))
             done[cell.key] = cell
             tell(cell)
@@ -145,6 +146,16 @@ def frame(cells: Sequence[Cell]) -> pl.DataFrame:
     import polars as pl
 
     return pl.DataFrame([_row(cell) for cell in cells], infer_schema_length=None)
+
+
+def _by_key(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
+    """Specifications by a hash of all that decides them, the profile's coefficients included."""
+    models = {spec.profile: repr(latency_model(spec)) for spec in specs}
+    found = {}
+    for spec in specs:
+        text = f"{spec.key()} {models[spec.profile]}".encode()
+        found[hashlib.blake2b(text, digest_size=16).hexdigest()] = spec
+    return found
 
 
 def _group(cells: Sequence[Cell]) -> Group:

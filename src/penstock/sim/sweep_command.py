@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from penstock import __version__
 from penstock.bench.result import machine, seconds, share
+from penstock.sim import report
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid, parse_axes
 from penstock.sim.interval import Interval
@@ -41,6 +42,9 @@ class GridOptions:
         jobs: Processes; by default one per core.
         fresh: Run everything again.
         json: Write all numbers to this file as well; - writes only JSON to standard output.
+        html: Write a report with figures: everything against load, and what happened over time
+            at one load, for which runs are made once more.
+        show: That load; by default the one at which attainments differ most.
     """
 
     out: Path
@@ -48,6 +52,8 @@ class GridOptions:
     jobs: int | None = None
     fresh: bool = False
     json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
+    html: Path | None = None
+    show: float | None = None
 
 
 def sweep_command(
@@ -123,6 +129,8 @@ def _write(cells: Sequence[Cell], runs: GridOptions) -> None:
     text = msgspec.json.format(msgspec.json.encode(to_dict(cells)), indent=1) + b"\n"
     (runs.out / "sweep.json").write_bytes(text)
     frame(cells).write_parquet(runs.out / "sweep.parquet")
+    if runs.html is not None:
+        report.sweep_report(cells, runs.html, runs.show)
     if runs.json == "-":
         sys.stdout.write(text.decode())
         return
