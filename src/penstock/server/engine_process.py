@@ -39,6 +39,8 @@ from penstock.server.messages import (
 # With requests waiting, time alone may change a decision (a deadline passes, a forecast ages).
 _WAITING_POLL_MS = 5
 _IDLE_POLL_MS = 1000
+# How often a thread of libgomp looks whether the others are done before it sleeps.
+_SPINS = "1000"
 
 
 class EngineLoop:
@@ -146,6 +148,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineSpec)
+    _spin_briefly()
     threading.Thread(target=_leave_with_front_end, daemon=True).start()
     try:
         engine = build_engine(spec)
@@ -167,6 +170,16 @@ def main() -> int:
         engine.close()
         context.destroy(linger=0)
     return 0
+
+
+def _spin_briefly() -> None:
+    """Have waiting threads sleep soon; before torch, whose OpenMP reads this when it is loaded.
+
+    By default they spin for milliseconds, and where other processes want the cores too, that
+    takes the time from the very threads that are waited for.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _leave_with_front_end() -> None:
