@@ -26,10 +26,10 @@ from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.forecast.latency.roofline import Roofline
 
 TARGET = Path(__file__).resolve().parents[2] / "src" / "penstock" / "sim" / "profiles"
-HOST = 0.00275
+HOST = 0.00113
 HOST_NOTE = (
-    "host is 2.75 ms per step, what vLLM 0.19.0 took beyond its kernels in a measured run of "
-    "Llama-3.1-8B (casys-kaist/LLMServingSim, MIT); calibrate it for your server"
+    "host is 1.13 ms per step, what vLLM 0.19.0 took beyond its kernels in a measured run of "
+    "Llama-3.1-8B (casys-kaist/LLMServingSim, MIT; docs/latency.md); calibrate it for your server"
 )
 SOURCE = "step times computed with NVIDIA aiconfigurator 0.12.0 (Apache-2.0), vLLM backend"
 EVERY = 5

@@ -11,7 +11,7 @@ matrix kernels are not modelled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from penstock.core.forecast.latency.base import StepLoad
 
@@ -46,6 +46,10 @@ class Roofline:
             if not value >= 0:
                 msg = f"latency.{field.name} is {value}; it must be 0 or more seconds"
                 raise ValueError(msg)
+
+    def with_host(self, seconds: float) -> Roofline:
+        """The same with another time of the host per step."""
+        return replace(self, host=seconds)
 
     def seconds(self, load: StepLoad) -> float:
         """The larger bound of the linear layers, and the rest."""

@@ -1,0 +1,252 @@
+"""Step times from a profile of a model's layers, as LLMServingSim publishes them.
+
+Problem: the kernels of a step depend on it in ways no formula catches: a mixed step's attention
+takes up to twice what its prompt and its decoding requests take apart.
+Source: the profiler of casys-kaist/LLMServingSim: microseconds of each layer against tokens in
+the step, of attention against (prompt chunk, its context, decoding requests, their mean context),
+and of the head and the sampler against sequences.
+Rule: ``host + sum over layers``, each interpolated linearly between measured points, axis by axis;
+beyond the last point along the line through the last two.  Several prompt chunks in one step count
+as equal ones: the first beside the decoding requests, the others alone.
+Limits: lengths within a batch count by their mean; what no kernel shows is in two numbers to be
+calibrated: ``host`` per step, and ``link`` per token, for the all-reduce of tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import polars as pl
+
+from penstock.core.forecast.latency.base import StepLoad
+
+_ONCE = frozenset({"embedding", "final_layernorm"})
+# Before attention and before the MLP.
+_TWICE = frozenset({"layernorm"})
+_MICRO = 1e-6
+
+_Row = TypeVar("_Row")
+Curve: TypeAlias = tuple[list[float], list[float]]
+"""Ascending places, and values there."""
+
+
+class TableError(ValueError):
+    """A layer table that cannot be read; names the file, and the row and column if there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Measured attention of one layer, in microseconds.
+
+    Attributes:
+        decode: by decoding requests, against their mean context.
+        prefill: by tokens of a prompt chunk, against its context.
+        mixed: by tokens of a prompt chunk, its context and decoding requests, against the latter's
+            mean context; may be empty.
+    """
+
+    decode: Mapping[float, Curve]
+    prefill: Mapping[float, Curve]
+    mixed: Mapping[float, Mapping[float, Mapping[float, Curve]]]
+
+    def decoding(self, requests: float, mean: float) -> float:
+        """Decoding requests alone."""
+        return _across(self.decode, requests, lambda curve: _at(curve, mean))
+
+    def chunk(self, tokens: float, context: float) -> float:
+        """A prompt chunk alone."""
+        return _across(self.prefill, tokens, lambda curve: _at(curve, context))
+
+    def mixed_step(self, tokens: float, context: float, requests: float, mean: float) -> float:
+        """A prompt chunk beside decoding requests."""
+        if not self.mixed:
+            return self.chunk(tokens, context) + self.decoding(requests, mean)
+        return _across(
+            self.mixed, tokens,
+            lambda by_context: _across(
+                by_context, context,
+                lambda by_requests: _across(
+                    by_requests, requests, lambda curve: _at(curve, mean)
+                ),
+            ),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTable:
+    """A model's kernels, in microseconds, and the time a step takes beyond them.
+
+    Attributes:
+        dense: of one layer's kernels but attention, against tokens.
+        once: of those that run once per step, against tokens.
+        per_sequence: of head and sampler, against sequences.
+        attention: of one layer.
+        layers: of the model.
+        host: seconds per step beyond the kernels.
+        link: seconds per token beyond the kernels.
+    """
+
+    dense: Curve
+    once: Curve
+    per_sequence: Curve
+    attention: Attention
+    layers: int
+    host: float = 0.0
+    link: float = 0.0
+
+    wants_longest = False
+
+    def with_host(self, seconds: float) -> LayerTable:
+        """The same with another time per step."""
+        return replace(self, host=seconds)
+
+    def with_link(self, seconds: float) -> LayerTable:
+        """The same with another time per token."""
+        return replace(self, link=seconds)
+
+    def seconds(self, load: StepLoad) -> float:
+        """Host, link and kernels."""
+        tokens = load.prefill + load.decoding
+        each = _at(self.dense, tokens) + self._attention(load)
+        once = _at(self.once, tokens) + _at(self.per_sequence, load.decoding + load.chunks)
+        return self.host + self.link * tokens + _MICRO * (self.layers * each + once)
+
+    def decode_line(self, decoding: int) -> None:
+        """Interpolated between points, so not affine in the context."""
+        del decoding
+
+    def _attention(self, load: StepLoad) -> float:
+        mean = load.context / load.decoding if load.decoding else 0.0
+        if not load.prefill:
+            return self.attention.decoding(load.decoding, mean)
+        chunks = max(1, load.chunks)
+        chunk = load.prefill / chunks
+        context = max(0.0, load.prefill_work / load.prefill - chunk / 2)
+        alone = self.attention.chunk(chunk, context)
+        if not load.decoding:
+            return chunks * alone
+        first = self.attention.mixed_step(chunk, context, load.decoding, mean)
+        return first + (chunks - 1) * alone
+
+
+def read_layer_table(prefix: str, layers: int) -> LayerTable:
+    """Read ``PREFIX_dense``, ``_attention`` and ``_per_sequence``, each ``.csv.gz`` or ``.csv``.
+
+    Args:
+        prefix: path up to the names' last parts.
+        layers: of the model, which the tables do not say.
+
+    Raises:
+        TableError: a file is missing or cannot be used.
+    """
+    dense = _read(prefix, "dense", ("layer", "tokens"))
+    sequences = _read(prefix, "per_sequence", ("layer", "sequences"))
+    axes = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+    return LayerTable(
+        dense=_sum(dense, "tokens", lambda layer: 0 if layer in _ONCE else 1 + (layer in _TWICE)),
+        once=_sum(dense, "tokens", lambda layer: int(layer in _ONCE)),
+        per_sequence=_sum(sequences, "sequences", lambda _: 1),
+        attention=_attention(_read(prefix, "attention", axes), axes, prefix),
+        layers=layers,
+    )
+
+
+def _read(prefix: str, part: str, keys: Sequence[str]) -> pl.DataFrame:
+    for suffix in (".csv.gz", ".csv"):
+        path = Path(f"{prefix}_{part}{suffix}")
+        if path.is_file():
+            break
+    else:
+        msg = f"{prefix}_{part}.csv.gz: there is no such file"
+        raise TableError(msg)
+    text = [key for key in keys if key == "layer"]
+    try:
+        frame = pl.read_csv(path, infer_schema=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        msg = f"{path}: cannot be read: {error}"
+        raise TableError(msg) from error
+    wanted = [*keys, "time_us"]
+    missing = [name for name in wanted if name not in frame.columns]
+    if missing:
+        msg = f"{path}: has the columns {', '.join(frame.columns)}; {missing[0]} is missing"
+        raise TableError(msg)
+    if not frame.height:
+        msg = f"{path}: has no rows"
+        raise TableError(msg)
+    for name in wanted:
+        if name not in text:
+            frame = _as_numbers(frame, name, path)
+    return frame.select(wanted)
+
+
+def _as_numbers(frame: pl.DataFrame, name: str, path: Path) -> pl.DataFrame:
+    numbers = frame[name].cast(pl.Float64, strict=False)
+    bad = (numbers.is_null() | ~numbers.is_finite() | (numbers < 0)).fill_null(value=True)
+    if bad.any():
+        row = int(bad.arg_max() or 0)
+        msg = (
+            f"{path}: line {row + 2}, column {name!r} is {frame[name][row]!r}; "
+            "it must be a number of 0 or more"
+        )
+        raise TableError(msg)
+    return frame.with_columns(numbers.alias(name))
+
+
+def _sum(frame: pl.DataFrame, place: str, weight: Callable[[str], int]) -> Curve:
+    """The layers' times added up, each as often as ``weight`` says, where any was measured."""
+    curves = []
+    for (layer,), rows in frame.group_by("layer", maintain_order=True):
+        times = weight(str(layer))
+        if times:
+            rows = rows.group_by(place).agg(pl.col("time_us").mean()).sort(place)  # noqa: PLW2901
+            curves.append((times, (rows[place].to_list(), rows["time_us"].to_list())))
+    places = sorted(set(frame[place].to_list()))
+    return places, [sum(n * _at(curve, at) for n, curve in curves) for at in places]
+
+
+def _attention(frame: pl.DataFrame, axes: Sequence[str], prefix: str) -> Attention:
+    decode: dict[float, Curve] = {}
+    prefill: dict[float, Curve] = {}
+    mixed: dict[float, dict[float, dict[float, Curve]]] = {}
+    # Sorted, so that every axis ascends; of rows that repeat, the mean counts.
+    rows = frame.group_by(axes).agg(pl.col("time_us").mean()).sort(axes)
+    for chunk, context, requests, mean, time in rows.iter_rows():
+        if requests and not chunk:
+            curve, place = decode.setdefault(requests, ([], [])), mean
+        elif chunk and not requests:
+            curve, place = prefill.setdefault(chunk, ([], [])), context
+        else:
+            by_requests = mixed.setdefault(chunk, {}).setdefault(context, {})
+            curve, place = by_requests.setdefault(requests, ([], [])), mean
+        curve[0].append(place)
+        curve[1].append(time)
+    for name, part in (("decoding requests alone", decode), ("a prompt chunk alone", prefill)):
+        if not part:
+            msg = f"{prefix}_attention: has no rows of {name}"
+            raise TableError(msg)
+    return Attention(decode, prefill, mixed)
+
+
+def _at(curve: Curve, place: float) -> float:
+    places, values = curve
+    return _between(places, place, lambda at: values[bisect_right(places, at) - 1])
+
+
+def _across(table: Mapping[float, _Row], place: float, value: Callable[[_Row], float]) -> float:
+    return _between(list(table), place, lambda at: value(table[at]))
+
+
+def _between(places: Sequence[float], place: float, value: Callable[[float], float]) -> float:
+    """Linear between the two neighbours, and beyond the last; below the first, its value."""
+    if len(places) == 1 or place <= places[0]:
+        return value(places[0])
+    right = min(bisect_right(places, place), len(places) - 1)
+    low, high = places[right - 1], places[right]
+    if place == low:
+        return value(low)
+    from_, to = value(low), value(high)
+    return max(0.0, from_ + (to - from_) * (place - low) / (high - low))

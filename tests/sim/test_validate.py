@@ -1,0 +1,226 @@
+"""`penstock validate`: it recovers what made a run, predicts a real one, and refuses bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from penstock.cli import app
+from penstock.core.forecast.latency.base import StepLoad
+from penstock.core.policies import presets
+from penstock.core.types import Capabilities
+from penstock.sim.layer_counts import depths, layers_of
+from penstock.sim.layer_table import LayerTable, TableError, read_layer_table
+from penstock.sim.measured import MeasuredError, read_requests
+from penstock.sim.run import Job, run
+from penstock.sim.sources import OpenLoop
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "latency"
+LAYERS, HOST = 32, 0.004
+KV_TOKENS = 20_000
+
+
+def kernels(chunk: int, context: int, decoding: int, mean: int) -> float:
+    """Attention of one layer in microseconds, linear so that interpolation is exact."""
+    return 5 + 0.02 * chunk + 0.001 * context + 0.3 * decoding + 0.01 * mean
+
+
+def write_tables(folder: Path) -> str:
+    """A layer table with the three files; returns its prefix."""
+    prefix = folder / "card_tiny_tp1"
+    dense = [
+        f"{layer},{tokens},{base + 0.4 * tokens}"
+        for layer, base in (("embedding", 1), ("layernorm", 2), ("mlp", 80), ("final_layernorm", 2))
+        for tokens in (1, 64, 512, 2048)
+    ]
+    heads = [f"{layer},{n},{50 + n}" for layer in ("lm_head", "sampler") for n in (1, 32, 256)]
+    grid = [
+        (chunk, context, decoding, mean)
+        for chunk in (0, 16, 512, 2048)
+        for context in ((0, 1024, 8192) if chunk else (0,))
+        for decoding in (0, 1, 32, 256)
+        for mean in ((16, 1024, 8192) if decoding else (0,))
+        if (chunk or decoding) and chunk + decoding <= 2048
+    ]
+    attention = [",".join(map(str, (*at, kernels(*at)))) for at in grid]
+    for part, head, rows in (
+        ("dense", "layer,tokens,time_us", dense),
+        ("per_sequence", "layer,sequences,time_us", heads),
+        ("attention", "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us", attention),
+    ):
+        text = "\n".join((head, *rows)) + "\n"
+        Path(f"{prefix}_{part}.csv.gz").write_bytes(gzip.compress(text.encode()))
+    return str(prefix)
+
+
+def write_run(folder: Path, model: LayerTable) -> Path:
+    """A run of 60 requests that took what the model says."""
+    jobs = [
+        Job(str(i), 0.05 * i, 100 + 37 * i % 900, 20 + 53 * i % 300, 400, request=i)
+        for i in range(60)
+    ]
+    machine = Capabilities(KV_TOKENS // 16, 16, 128, 2048, KV_TOKENS)
+    done = run(OpenLoop(jobs), machine, presets.build("vllm", watermark=1.0), model)
+    lines = []
+    for record in done.records:
+        job, latency = record.job, record.latency
+        assert latency.ttft is not None
+        assert latency.e2e is not None
+        lines.append(
+            json.dumps(
+                {
+                    "input_toks": job.prompt,
+                    "output_toks": job.output,
+                    "queued_ts": 100 + job.arrival,
+                    "first_token_ts": 100 + job.arrival + latency.ttft,
+                    "last_token_ts": 100 + job.arrival + latency.e2e,
+                }
+            )
+        )
+    path = folder / "card_tiny_requests.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write_tables(tmp_path)
+
+
+def validated(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    with pytest.raises(SystemExit) as left:
+        app(["validate", *arguments, "--json", "-"])
+    out, err = capsys.readouterr()
+    assert left.value.code in {None, 0}, err
+    found: dict[str, object] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize("link", [0.0, 5e-5])
+def test_it_recovers_the_times_that_made_a_run(
+    tmp_path: Path, prefix: str, link: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = read_layer_table(prefix, LAYERS).with_host(HOST).with_link(link)
+    path = write_run(tmp_path, model)
+    parallel = ["--parallel", "2"] if link else []
+    found = validated(
+        str(path), "--profile", f"llmservingsim:{prefix}", "--kv-tokens", str(KV_TOKENS),
+        "--calibrate-on", "30", "--max-batch", "128", "--layers", str(LAYERS), *parallel,
+        capsys=capsys,
+    )  # fmt: skip
+    assert found["predicted"] == 30
+    assert found["host"] == pytest.approx(HOST, rel=0.05)
+    assert found["link"] == pytest.approx(link, rel=0.1)
+    errors = found["errors"]
+    assert isinstance(errors, dict)
+    assert set(errors) == {"ttft_mean", "tpot_mean", "e2e_mean", "e2e_per_request"}
+    # A time that is off by a microsecond puts an arrival into another step.
+    assert all(abs(error) < 0.03 for error in errors.values())
+
+
+def test_without_a_known_model_the_depth_is_found(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path, read_layer_table(prefix, LAYERS).with_host(HOST))
+    found = validated(
+        str(path), "--profile", f"llmservingsim:{prefix}", "--kv-tokens", str(KV_TOKENS),
+        "--calibrate-on", "30", "--max-batch", "128", capsys=capsys,
+    )  # fmt: skip
+    assert found["layers"] == LAYERS
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured runs are not in this checkout")
+def test_a_measured_run_of_vllm_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    found = validated(
+        str(SHARED / "vllm_ground_truth" / "RTXPRO6000_Llama-3.1-8B_requests.jsonl.gz"),
+        "--profile", f"llmservingsim:{SHARED / 'llmservingsim_RTXPRO6000_llama3.1-8b_tp1'}",
+        "--kv-tokens", "400000", "--calibrate-on", "150", capsys=capsys,
+    )  # fmt: skip
+    errors = found["errors"]
+    assert isinstance(errors, dict)
+    assert all(abs(error) < 0.03 for error in errors.values()), errors
+
+
+def test_steps_between_measured_points_are_interpolated(prefix: str) -> None:
+    table = read_layer_table(prefix, LAYERS)
+    load = StepLoad(40, 40 * 500, 300, 300 * (200 + 150), 1)
+    tokens = 340
+    dense = 2 * (2 + 0.4 * tokens) + 80 + 0.4 * tokens + kernels(300, 200, 40, 500)
+    once = 3 + 2 * 0.4 * tokens + 2 * (50 + 41)
+    assert table.seconds(load) == pytest.approx(1e-6 * (LAYERS * dense + once))
+    beyond = table.seconds(StepLoad(300, 300 * 10_000))
+    assert beyond > table.seconds(StepLoad(256, 256 * 8192))
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "words"),
+    [
+        ("dense", "layer,tokens", "layer,token", "tokens is missing"),
+        ("dense", "mlp,64,", "mlp,x,", r"line 11, column 'tokens' is 'x'"),
+        ("attention", "16,0,0,0,", "16,0,0,0,-", r"column 'time_us' is '-5.32'"),
+        ("per_sequence", "lm_head,1,51", "lm_head,1,", r"line 2, column 'time_us' is None"),
+    ],
+)
+def test_a_bad_table_is_named(prefix: str, part: str, old: str, new: str, words: str) -> None:
+    path = Path(f"{prefix}_{part}.csv.gz")
+    text = gzip.decompress(path.read_bytes()).decode()
+    assert old in text
+    path.write_bytes(gzip.compress(text.replace(old, new, 1).encode()))
+    with pytest.raises(TableError, match=words) as caught:
+        read_layer_table(prefix, LAYERS)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_table_is_named(prefix: str) -> None:
+    Path(f"{prefix}_attention.csv.gz").unlink()
+    with pytest.raises(TableError, match=r"card_tiny_tp1_attention.csv.gz: there is no such file"):
+        read_layer_table(prefix, LAYERS)
+
+
+GOOD = {"input_toks": 5, "output_toks": 2, "queued_ts": 1.0, "first_token_ts": 2.0,
+        "last_token_ts": 3.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("{", "line 2: not a JSON object"),
+        (json.dumps({**GOOD, "output_toks": 0}), "line 2: output_toks is 0; .* 1 or more"),
+        (json.dumps({**GOOD, "queued_ts": "x"}), "line 2: queued_ts is 'x'"),
+        (json.dumps({**GOOD, "first_token_ts": 0.5}), "line 2: first_token_ts must lie between"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "input_toks"}), "input_toks is missing"),
+    ],
+)
+def test_a_bad_run_is_named(tmp_path: Path, row: str, words: str) -> None:
+    path = tmp_path / "x_requests.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{row}\n")
+    with pytest.raises(MeasuredError, match=words):
+        read_requests(path)
+
+
+def test_too_few_requests_to_predict(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path, read_layer_table(prefix, LAYERS))
+    with pytest.raises(SystemExit) as left:
+        app(["validate", str(path), "--profile", f"llmservingsim:{prefix}", "--kv-tokens", "20000"])
+    assert left.value.code == 2
+    assert "calibrate_on is 150; it must be from 1 to 59 requests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("meta-llama/Llama-3.1-8B", 32),
+        ("RTXPRO6000_Qwen3-32B_requests.jsonl.gz", 64),
+        ("llmservingsim_H100_llama3.1-70b_tp4", 80),
+        ("Qwen/Qwen2.5-14B-Instruct", 48),
+        ("nobody/knows-7b", None),
+    ],
+)
+def test_depths_of_known_models(text: str, layers: int | None) -> None:
+    assert layers_of(text) == layers
+    assert layers is None or layers in depths()
