@@ -4,8 +4,8 @@ Problem: how long a slice of a batch will take must be known before batches are 
 Source: SCLS (arXiv 2406.13511): prefill and each decode step are bilinear in batch size and
 length; the slice's time is their sum.
 Rule: ``prefill(N, L) = p1 N L + p2 N + p3 L + p4``, ``decode(N, l) = d1 N l + d2 N + d3 l + d4``
-with ``l`` the longest context; a slice of ``S`` tokens takes ``prefill(N, L)`` and ``S`` decode steps at
-``l = L + 1 .. L + S``.
+with ``l`` the longest context; a slice of ``S`` tokens takes ``prefill(N, L)`` and ``S`` decode
+steps at ``l = L + 1 .. L + S``.
 Limits: everyone is padded to the longest, as the engines of that paper do; paged engines read what
 each request has, and are overestimated.  Attention's square of the prompt is missing.
 """

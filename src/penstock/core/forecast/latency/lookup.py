@@ -2,8 +2,8 @@
 
 Problem: a scheduler that packs decode batches by slack asks for a step's time at every request.
 Source: Kairos (arXiv 2605.02329): ``LUT[batch size, longest sequence]``, profiled once, each cell
-the mean of 100 runs, and brought up to date after each step as the mean of all that was seen; prefill
-by one rate in tokens per second.
+the mean of 100 runs, and brought up to date after each step as the mean of all that was seen;
+prefill by one rate in tokens per second.
 Rule: axes are ascending batch sizes and lengths.  A measured step goes to the nearest cell, by
 ratio; a question is answered between the four cells around it, linearly in both, and beyond the
 table by its rim.
