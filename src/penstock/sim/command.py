@@ -17,7 +17,6 @@ from penstock.bench.result import machine, seconds, share
 from penstock.bench.workload import Workload
 from penstock.core.policies.presets import PRESETS
 from penstock.sim import chrome_trace as trace_writer
-from penstock.sim import report
 from penstock.sim.simulation import Simulation, simulation_of
 from penstock.sim.spec import RunSpec, SpecError, workload_of
 
@@ -126,6 +125,8 @@ def simulate(
         observe = html is not None or chrome_trace is not None
         done = [simulation_of(spec, workload, observe=observe) for spec in specs]
         if html is not None:
+            from penstock.sim import report
+
             report.simulations(done, html)
         if chrome_trace is not None:
             _trace(done, chrome_trace)

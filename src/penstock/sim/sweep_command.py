@@ -14,7 +14,6 @@ from cyclopts import Parameter
 
 from penstock import __version__
 from penstock.bench.result import machine, seconds, share
-from penstock.sim import report
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid, parse_axes
 from penstock.sim.interval import Interval
@@ -130,6 +129,8 @@ def _write(cells: Sequence[Cell], runs: GridOptions) -> None:
     (runs.out / "sweep.json").write_bytes(text)
     frame(cells).write_parquet(runs.out / "sweep.parquet")
     if runs.html is not None:
+        from penstock.sim import report
+
         report.sweep_report(cells, runs.html, runs.show)
     if runs.json == "-":
         sys.stdout.write(text.decode())
