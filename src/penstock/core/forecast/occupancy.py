@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +105,7 @@ class Scenario:
         size: tokens per block.
         negative: minus the steps of each row, so that it ascends.
         sums: sums of ``q`` up to each row.
-        at_least: [s + 1, n], how many up to each row have a residue of x or more; None for
+        at_least: [n, s + 1], how many up to each row have a residue of x or more; None for
             blocks of one token.
         at_end: M of each row.
     """
@@ -177,28 +178,37 @@ class Scenario:
         if place:
             memory += int(self._sums[place - 1]) + place * (rounds + 1)
             if rest and self._at_least is not None:
-                memory += int(self._at_least[size - rest, place - 1])
+                memory += int(self._at_least[place - 1, size - rest])
         return memory
 
 
 def _sorted_scenarios(tokens: Ints, steps: Ints, size: int) -> list[Scenario]:
+    scenarios, count = steps.shape
     negative = -steps
     order = negative.argsort(axis=1)
-    row = np.arange(len(steps))[:, np.newaxis]
-    negative = negative[row, order]
-    alive = np.arange(1, steps.shape[1] + 1)
+    # Plain offsets and take: indices in two axes cost more than the work at these sizes.
+    row = np.arange(scenarios)[:, np.newaxis]
+    negative = negative.take(order + row * count)
+    alive = np.arange(1, count + 1)
     if size == 1:
-        sums = (tokens - 1)[order].cumsum(axis=1)
+        sums = (tokens - 1).take(order).cumsum(axis=1)
         at_end = sums + alive * (1 - negative)
         return [
-            Scenario(1, *rows)
-            for rows in zip(negative, sums, [None] * len(steps), at_end, strict=True)
+            Scenario(1, ends, sums_, None, at_end_)
+            for ends, sums_, at_end_ in zip(negative, sums, at_end, strict=True)
         ]
-    rounds, rest = np.divmod(-negative, size)
-    quotient, residue = np.divmod(tokens - 1, size)
-    sums = quotient[order].cumsum(axis=1)
-    classes = np.arange(size + 1)[:, np.newaxis]
-    at_least = (residue[order][:, np.newaxis] >= classes).cumsum(axis=2, dtype=np.int32)
+    held = tokens - 1
+    quotient, rounds = held // size, -negative // size
+    residue, rest = held - quotient * size, -negative - rounds * size
+    sums = quotient.take(order).cumsum(axis=1)
+    # Along the requests, so that a row of counts is added at a time.
+    at_least = _at_least(size).take(residue.take(order), axis=0).cumsum(axis=1, dtype=np.int32)
     at_end = sums + alive * (rounds + 1)
-    at_end += at_least[row, size - rest, alive - 1]
-    return [Scenario(size, *rows) for rows in zip(negative, sums, at_least, at_end, strict=True)]
+    at_end += at_least.take((row * count + alive - 1) * (size + 1) + size - rest)
+    return [Scenario(size, *parts) for parts in zip(negative, sums, at_least, at_end, strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _at_least(size: int) -> NDArray[np.int32]:
+    """[r, x]: 1 if r is x or more, for each residue r of a block size."""
+    return np.tri(size, size + 1, dtype=np.int32)
