@@ -86,6 +86,10 @@ def test_without_json_there_is_a_table(tmp_path: Path, capsys: pytest.CaptureFix
             "request 0 (counted from 0), prompt tokens is 5; with a cap",
         ),
         (f"{STUDY} --trace nowhere.csv", "nowhere.csv"),
+        (
+            f"{STUDY} --input 5 --rate 3 --retries 2",
+            "retries is 2; it must be at least 0, and 0 in",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -93,6 +97,12 @@ def test_what_is_wrong_is_named(
 ) -> None:
     assert penstock(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_clients_try_again(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--requests 40 --input 32-409 --output 204-409 {STUDY} --clients 40 --slo ttft=300"
+    (once,), (more,) = runs_of(words, capsys), runs_of(f"{words} --retries 2", capsys)
+    assert once["attempts"] == 40 < more["attempts"] <= 120
 
 
 HEAD = "arrival_s,prompt_tokens,output_tokens\n"

@@ -42,6 +42,7 @@ class RequestOptions:
         cap: What policies are told of output lengths; by default the longest output. With a
             latency model outputs are cut there.
         clients: Closed loop: so many clients with one request each at a time.
+        retries: Closed loop: how often a request that missed its SLO goes back into the queue.
         rate: Open loop: requests per second.
         arrivals: Open loop: poisson, gamma:CV, or trace for the trace's own times.
         speed: Open loop: divide the times by this.
@@ -58,6 +59,7 @@ class RequestOptions:
     requests: int | None = None
     cap: int | None = None
     clients: int | None = None
+    retries: int = 0
     rate: float | None = None
     arrivals: str | None = None
     speed: float = 1.0
@@ -170,6 +172,7 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
             scale=asked.scale,
             requests=asked.requests,
             clients=clients,
+            retries=asked.retries,
             rate=asked.rate,
             arrivals=arrivals,
             speed=asked.speed,

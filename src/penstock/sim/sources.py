@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
+from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Job, Record
 
 
@@ -44,25 +46,45 @@ class OpenLoop:
         """Nothing follows from an end."""
 
 
+def met_its_slo(record: Record) -> bool:
+    """Whether a job completed and kept every bound."""
+    return attempt_of(record).met
+
+
 class ClosedLoop:
     """Clients with one outstanding request each, who take jobs from one list.
 
     Args:
         jobs: in the order in which they are taken; their arrivals are set when they are sent.
         clients: how many.
+        retries: how often a job that did not end well goes back to the end of the list.
+        met: whether a job ended well.
+        until: no job is sent from then on, in seconds.
     """
 
-    def __init__(self, jobs: Sequence[Job], clients: int) -> None:
-        if clients < 1:
-            msg = f"clients is {clients}; it must be at least 1"
-            raise ValueError(msg)
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        clients: int,
+        *,
+        retries: int = 0,
+        met: Callable[[Record], bool] = met_its_slo,
+        until: float = math.inf,
+    ) -> None:
+        for name, value, least in (("clients", clients, 1), ("retries", retries, 0)):
+            if value < least:
+                msg = f"{name} is {value}; it must be at least {least}"
+                raise ValueError(msg)
         self._jobs = deque(jobs)
         self._idle = clients
+        self._retries = retries
+        self._met = met
+        self._until = until
 
     def due(self, now: float) -> Iterable[Job]:
         """One job for each idle client."""
         jobs = []
-        while self._jobs and self._idle:
+        while self._jobs and self._idle and now < self._until:
             jobs.append(self._jobs.popleft()._replace(arrival=now))
             self._idle -= 1
         return jobs
@@ -72,6 +94,11 @@ class ClosedLoop:
         return None
 
     def ended(self, record: Record, now: float) -> None:
-        """The client is idle again."""
-        del record, now
+        """The client is idle again; a job that failed is to be tried again."""
+        del now
         self._idle += 1
+        job = record.job
+        if job.attempt < self._retries and not self._met(record):
+            again = job.attempt + 1
+            name = job.id.partition("~")[0]
+            self._jobs.append(job._replace(id=f"{name}~{again}", attempt=again))

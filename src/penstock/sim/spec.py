@@ -47,6 +47,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         scale: factor on all lengths, at most 1.
         requests: how many; None is all of a trace, else 200.
         clients: closed loop with so many clients; else the loop is open.
+        retries: closed loop: how often a request that failed or missed its SLO goes back to the
+            end of the queue.
         rate: requests per second.
         arrivals: poisson, gamma:CV, or trace for the trace's own times.
         speed: the times are divided by this.
@@ -73,6 +75,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     scale: float = 1.0
     requests: int | None = None
     clients: int | None = None
+    retries: int = 0
     rate: float | None = None
     arrivals: str | None = None
     speed: float = 1.0
@@ -97,6 +100,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             if value < 1:
                 msg = f"{name} is {value}; it must be at least 1"
                 raise SpecError(msg)
+        if self.retries < 0 or (self.retries and self.clients is None):
+            msg = f"retries is {self.retries}; it must be at least 0, and 0 in an open loop"
+            raise SpecError(msg)
         if self.cap is not None and self.cap < 1:
             msg = f"cap is {self.cap}; it must be at least 1 token"
             raise SpecError(msg)
@@ -353,7 +359,9 @@ def digest_of(path: Path) -> str:
 
 
 def _source(spec: RunSpec, jobs: Sequence[Job]) -> Source:
-    return OpenLoop(jobs) if spec.clients is None else ClosedLoop(jobs, spec.clients)
+    if spec.clients is None:
+        return OpenLoop(jobs)
+    return ClosedLoop(jobs, spec.clients, retries=spec.retries)
 
 
 def _classes(summary: Summary) -> dict[str, ClassResult]:
