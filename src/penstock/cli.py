@@ -50,6 +50,11 @@ app.command(
     help="Find the largest load that keeps the SLO, or the fewest instances for a load.",
 )
 app.command(
+    "penstock.sim.profiling.command:profile",
+    name="profile",
+    help="Make a profile of step times: of a live endpoint, or of recorded steps.",
+)
+app.command(
     "penstock.sim.validate_command:validate_command",
     name="validate",
     help="Predict a measured run of vLLM, and say how far off the simulator is.",

@@ -39,10 +39,11 @@ class EngineConfig(_Section):
         "demo",
         description="Model directory, name on the Hugging Face hub, or 'demo' (included).",
     )
-    engine: Literal["native", "scripted"] = Field(
+    engine: Literal["native", "scripted", "sim"] = Field(
         "native",
-        description="native runs the model with PyTorch; scripted makes up tokens without a model,"
-        " to test clients.",
+        description="native runs the model with PyTorch; sim makes up tokens at the pace of"
+        " --profile; scripted makes them up at a steady pace. The last two need the model's"
+        " tokenizer alone.",
     )
     kv_tokens: int | None = Field(
         None, ge=1, description="KV memory in tokens; by default what fits in memory."
@@ -64,6 +65,19 @@ class EngineConfig(_Section):
     )
     prefix_cache: bool = Field(
         True, description="Share the KV of equal prompt beginnings between requests."
+    )
+
+
+class SimConfig(_Section):
+    """The machine that ``--engine sim`` stands for."""
+
+    profile: str | None = Field(
+        None,
+        description="Step times of the simulated engine: the name of a model and GPU, or a"
+        " profile's file.",
+    )
+    speed: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="The simulated engine is so many times faster."
     )
 
 
@@ -119,6 +133,11 @@ class BenchConfig(_Section):
     trace_lengths: bool = Field(
         False, description="Accept trace_output_tokens in requests: the output ends at that length."
     )
+    record_steps: Path | None = Field(
+        None,
+        description="Add what each step computed, and how long it took, to this file: see"
+        " 'penstock profile'.",
+    )
 
 
 class SLOClass(_Section):
@@ -142,6 +161,7 @@ class Config(_Section):
     """Everything that ``penstock serve`` can be told."""
 
     engine: EngineConfig = EngineConfig()
+    sim: SimConfig = SimConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     http: HttpConfig = HttpConfig()
     admission: AdmissionConfig = AdmissionConfig()

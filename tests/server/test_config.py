@@ -127,6 +127,11 @@ def test_bad_settings_are_refused_before_anything_is_loaded(
             ({"max_batch": 100, "max_step_tokens": 50}, "--max-step-tokens 50"),
             ({"model": "absent-model"}, "absent-model"),
             ({"config": Path("absent.toml")}, "absent.toml"),
+            ({"engine": "sim"}, "--engine sim needs --profile"),
+            ({"engine": "sim", "profile": "no/such"}, "--profile no/such: "),
+            ({"profile": "llama-2-7b/a100-80g"}, "only --engine sim has a profile"),
+            ({"speed": 2.0}, "only --engine sim has a speed"),
+            ({"speed": 0.0}, "--speed: 0.0"),
         ]
         for settings, part in cases:
             assert serve(**settings) == 2, settings  # type: ignore[arg-type]

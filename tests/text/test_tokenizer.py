@@ -101,6 +101,15 @@ def test_the_embedded_model_is_as_transformers_sees_it() -> None:
     assert ours.special_ids == set(theirs.all_special_ids)
 
 
+def test_printable_ids_are_whole_characters_of_their_own() -> None:
+    text = load_tokenizer(demo_path())
+    words = text.printable_ids(10_000)
+    assert text.vocab_size / 2 < len(words) < text.vocab_size
+    assert not text.special_ids & set(words)
+    assert all(text.decode([i]).replace("\ufffd", "") == text.decode([i]) != "" for i in words)
+    assert text.printable_ids(100) == words[:100]
+
+
 def test_end_tokens_are_the_configured_ones_and_the_tokenizers_own(folder: Path) -> None:
     end = load_tokenizer(folder).encode("<end>")[0]
     assert load_tokenizer(folder).eos_ids == (end,)

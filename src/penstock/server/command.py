@@ -92,6 +92,7 @@ def _serve(config: Config) -> int:
             f" {config.engine.max_batch}; every running request needs a token in a step"
         )
         raise ConfigError(msg)
+    _check_sim(config)
     try:
         path = model_path(config.engine.model)
     except ModelNotFoundError as error:
@@ -103,6 +104,27 @@ def _serve(config: Config) -> int:
         raise ConfigError(msg) from None
     sock = bind(config.http.host, config.http.port)
     return serve_until_stopped(config, path, text, sock)
+
+
+def _check_sim(config: Config) -> None:
+    """A simulated engine has a profile that can be loaded, and no other engine has one."""
+    given = config.sim
+    if config.engine.engine != "sim":
+        for name in ("profile", "speed"):
+            if name in given.model_fields_set:
+                msg = f"--{name} {getattr(given, name)}: only --engine sim has a {name}"
+                raise ConfigError(msg)
+        return
+    if given.profile is None:
+        msg = "--engine sim needs --profile: the name of a model and GPU, or a profile's file"
+        raise ConfigError(msg)
+    from penstock.sim import profiles
+
+    try:
+        profiles.load(given.profile)
+    except (OSError, ValueError) as error:
+        msg = f"--profile {given.profile}: {error}"
+        raise ConfigError(msg) from None
 
 
 def _with_flags(function: Callable[..., int]) -> Callable[..., int]:

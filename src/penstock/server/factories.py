@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -18,8 +18,15 @@ from penstock.core.engine import Engine, Ticket
 from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
 from penstock.core.scheduler import Scheduler
+from penstock.core.types import Capabilities, StepResult
 
-_SCRIPTED_KV_TOKENS = 65_536
+if TYPE_CHECKING:
+    from penstock.text.tokenizer import TextTokenizer
+
+MADE_UP_KV_TOKENS = 65_536
+"""KV memory of engines that have none, unless it is configured."""
+
+_WORDS = 4096
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,12 +35,15 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: which engine.
         options: its keyword arguments, with what was not configured left out.
-        vocab_size: the tokenizer's; only the scripted engine needs to be told.
+        vocab_size: the tokenizer's; only engines without a model need to be told.
+        words, eos_ids: for the simulated engine: what it may say, and how it ends.
+        profile, speed: of the simulated engine.
+        record_steps: file to which measured steps go; empty for none.
         preset, order, parameters, seed: the scheduler's.
         commands, events: addresses of the two sockets.
     """
 
-    kind: Literal["native", "scripted"]
+    kind: Literal["native", "scripted", "sim"]
     model: str
     options: dict[str, int | float | str | bool]
     vocab_size: int
@@ -41,22 +51,33 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     order: str | None
     parameters: dict[str, int | float]
     seed: int
+    words: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()
+    profile: str = ""
+    speed: float = 1.0
+    record_steps: str = ""
     commands: str = ""
     events: str = ""
 
     @classmethod
-    def of(cls, config: Config, path: Path, vocab_size: int) -> EngineSpec:
-        """The spec that a configuration asks for."""
+    def of(cls, config: Config, path: Path, text: TextTokenizer) -> EngineSpec:
+        """The spec that a configuration asks for, with the tokenizer of its model."""
+        simulated = config.engine.engine == "sim"
         options = config.engine.model_dump(exclude={"model", "engine"}, exclude_none=True)
         return cls(
             kind=config.engine.engine,
             model=str(path),
             options=options,
-            vocab_size=vocab_size,
+            vocab_size=text.vocab_size,
             preset=config.scheduler.preset,
             order=config.scheduler.order,
             parameters=config.scheduler.parameters,
             seed=config.scheduler.seed,
+            words=text.printable_ids(_WORDS) if simulated else (),
+            eos_ids=text.eos_ids if simulated else (),
+            profile=config.sim.profile or "",
+            speed=config.sim.speed,
+            record_steps=str(config.bench.record_steps or ""),
         )
 
 
@@ -66,8 +87,20 @@ def build_engine(spec: EngineSpec) -> Engine:
     Raises:
         Exception: whatever keeps the engine from loading, with its own words.
     """
+    engine = _load(spec)
+    if not spec.record_steps:
+        return engine
+    from penstock.sim.recording import RecordingEngine, StepFile
+
+    file = StepFile(Path(spec.record_steps))
+    return RecordingEngine(engine, file.add, close=file.close)
+
+
+def _load(spec: EngineSpec) -> Engine:
     if spec.kind == "scripted":
         return _scripted(spec)
+    if spec.kind == "sim":
+        return _simulated(spec)
     from penstock.engine import NativeEngine
 
     options: dict[str, Any] = dict(spec.options)
@@ -93,7 +126,6 @@ def build_policy(
 
 
 def _scripted(spec: EngineSpec) -> Engine:
-    from penstock.core.types import Capabilities, StepResult
     from penstock.testing import ScriptedEngine
 
     class PacedEngine(ScriptedEngine):
@@ -104,9 +136,29 @@ def _scripted(spec: EngineSpec) -> Engine:
             time.sleep(result.seconds)
             return result
 
+    return PacedEngine(_made_up(spec), vocab_size=spec.vocab_size)
+
+
+def _simulated(spec: EngineSpec) -> Engine:
+    from penstock.sim import profiles
+    from penstock.sim.served import ServedEngine
+
+    return ServedEngine(
+        _made_up(spec),
+        profiles.load(spec.profile),
+        vocab_size=spec.vocab_size,
+        words=spec.words,
+        eos_ids=spec.eos_ids,
+        speed=spec.speed,
+        seed=spec.seed,
+    )
+
+
+def _made_up(spec: EngineSpec) -> Capabilities:
+    """Of an engine without a model."""
     size = int(spec.options["block_size"])
-    kv_tokens = int(spec.options.get("kv_tokens", _SCRIPTED_KV_TOKENS))
-    capabilities = Capabilities(
+    kv_tokens = int(spec.options.get("kv_tokens", MADE_UP_KV_TOKENS))
+    return Capabilities(
         kv_blocks=kv_tokens // size,
         block_size=size,
         max_batch=int(spec.options["max_batch"]),
@@ -114,4 +166,3 @@ def _scripted(spec: EngineSpec) -> Engine:
         max_request_tokens=int(spec.options.get("max_request_tokens", kv_tokens)),
         prefix_cache=bool(spec.options["prefix_cache"]),
     )
-    return PacedEngine(capabilities, vocab_size=spec.vocab_size)

@@ -108,7 +108,7 @@ class _Server:
         self._metrics = Metrics(model)
         limits = Limits(config.admission.max_waiting, config.admission.max_waiting_tokens)
         self._client = EngineClient(limits, self._metrics)
-        spec = EngineSpec.of(config, path, text.vocab_size)
+        spec = EngineSpec.of(config, path, text)
         self._supervisor = Supervisor(spec, self)
         self._client.attach(self._supervisor)
         preset = presets.PRESETS[config.scheduler.preset]

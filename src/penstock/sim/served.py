@@ -65,6 +65,7 @@ class ServedEngine:
         capabilities: of the machine that is simulated; of depth 1.
         latency: durations of its steps.
         vocab_size: token ids are in [0, vocab_size).
+        words: the tokens that it says, except for an end; all but ``eos_ids`` if empty.
         eos_ids: end-of-sequence tokens.
         speed: steps take this many times less than the model says.
         seed: of the lengths.
@@ -80,6 +81,7 @@ class ServedEngine:
         latency: LatencyModel,
         *,
         vocab_size: int,
+        words: Collection[int] = (),
         eos_ids: Collection[int] = (),
         speed: float = 1.0,
         seed: int = 0,
@@ -96,7 +98,8 @@ class ServedEngine:
         self._latency = latency
         self._vocab_size = vocab_size
         self._eos_ids = tuple(token for token in eos_ids if token < vocab_size)
-        self._ordinary = np.setdiff1d(np.arange(vocab_size), self._eos_ids)
+        known = np.array(tuple(words) or range(vocab_size), dtype=np.int64)
+        self._ordinary = np.setdiff1d(known, self._eos_ids)
         self._speed = speed
         self._seed = seed
         self._clock = clock

@@ -73,6 +73,21 @@ class TextTokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def printable_ids(self, most: int) -> tuple[int, ...]:
+        """The first ids, at most so many, that are whole characters when they stand alone.
+
+        Text of such tokens can be sent as soon as each comes.
+        """
+        found: list[int] = []
+        for id_ in range(self.vocab_size):
+            if len(found) == most:
+                break
+            if id_ not in self.special_ids and id_ not in self.eos_ids:
+                text = self.decode([id_])
+                if text and "\ufffd" not in text:
+                    found.append(id_)
+        return tuple(found)
+
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
         """Return the text that the model's chat template makes of a chat.
 
