@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +80,8 @@ class MachineOptions:
         plan_every: Steps from one admission pass to the next; by default the preset's.
         kv_tokens: KV memory, in tokens.
         block_size: Tokens per KV block.
+        prefix_cache: Compute blocks that the trace's requests share only once. Needs a trace
+            that says which (Mooncake), and a block size that divides its blocks.
         max_batch: Most requests in a step.
         prefill_budget: Most tokens in a step; prompts are cut into chunks that fit.
         profile: Step times: the name of a model and GPU, or a profile's file.
@@ -95,6 +97,7 @@ class MachineOptions:
     plan_every: int | None = None
     kv_tokens: int | None = None
     block_size: int = 1
+    prefix_cache: bool = False
     max_batch: int = 1024
     prefill_budget: int = 2048
     profile: str | None = None
@@ -149,11 +152,7 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
     overrides: dict[str, float | None] = dict(given.parameters or {})
     if given.cold_start is not None:
         overrides["cold_start"] = given.cold_start
-    known = {name: PRESETS[name].parameters if name in PRESETS else {} for name in names}
-    for parameter in overrides:
-        if not any(parameter in parameters for parameters in known.values()):
-            msg = f"--parameters.{parameter}: none of the presets {given.preset} has it"
-            raise SpecError(msg)
+    known = _parameters_of(names, overrides)
     if given.kv_tokens is None:
         msg = "--kv-tokens is needed: the KV memory, in tokens"
         raise SpecError(msg)
@@ -180,6 +179,7 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
             cap=asked.cap,
             kv_tokens=given.kv_tokens,
             block_size=given.block_size,
+            prefix_cache=given.prefix_cache,
             max_batch=given.max_batch,
             prefill_budget=given.prefill_budget,
             plan_every=given.plan_every,
@@ -189,6 +189,20 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
         )
         for name in names
     ]
+
+
+def _parameters_of(
+    names: Sequence[str], overrides: Mapping[str, float | None]
+) -> dict[str, Mapping[str, object]]:
+    """The parameters of each preset; each override is one of somebody's."""
+    known: dict[str, Mapping[str, object]] = {
+        name: PRESETS[name].parameters if name in PRESETS else {} for name in names
+    }
+    for parameter in overrides:
+        if not any(parameter in parameters for parameters in known.values()):
+            msg = f"--parameters.{parameter}: none of the presets {','.join(names)} has it"
+            raise SpecError(msg)
+    return known
 
 
 def _loop(asked: RequestOptions, *, steps_only: bool) -> tuple[int | None, str | None]:

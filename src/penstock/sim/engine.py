@@ -36,6 +36,7 @@ class SimEngine:
     Attributes:
         ticks: when decode steps ended.
         plan: the latest one.
+        cached_tokens: tokens with which requests began because they were in the prefix cache.
         wake_at: it comes back for a plan after the first step that ends then or later.
 
     Raises:
@@ -52,6 +53,7 @@ class SimEngine:
         self.capabilities = replace(capabilities, max_repeat=stretch)
         self.ticks = TickTimes()
         self.plan: StepPlan | None = None
+        self.cached_tokens = 0
         self.wake_at = math.inf
         self._latency = latency
         self._clock = clock
@@ -91,6 +93,9 @@ class SimEngine:
         self.plan = plan
         for drop in plan.drops:
             self._drop(drop)
+        if self.capabilities.prefix_cache:
+            cached = sum(len(start.cached) for start in plan.starts)
+            self.cached_tokens += cached * self.capabilities.block_size
         now, decoding, steps = self._clock.now, len(plan.decode), 1
         first = increase = 0.0
         if decoding:

@@ -101,6 +101,7 @@ class Run:
         steps: steps with work in them.
         memory: mean share of the KV memory in use over decode steps.
         evictions: in all.
+        cached_tokens: tokens with which requests began because they were in the prefix cache.
     """
 
     records: list[Record]
@@ -109,6 +110,7 @@ class Run:
     steps: int
     memory: float
     evictions: int
+    cached_tokens: int = 0
 
     @property
     def decode_steps(self) -> int:
@@ -166,7 +168,8 @@ def run(
         records, steps = _loop(source, runtime, engine, clock, watch)
     ticks = engine.ticks
     share = scheduler.block_steps / ticks.count / capabilities.kv_blocks if ticks.count else 0.0
-    return Run(records, ticks, clock.now, steps, share, scheduler.evictions)
+    cached = engine.cached_tokens
+    return Run(records, ticks, clock.now, steps, share, scheduler.evictions, cached)
 
 
 def _loop(

@@ -81,6 +81,7 @@ class Simulation:
             "peak_memory": None if study is None else study.peak,
             "evicted_ratio": summary.evicted_ratio,
             "evictions": summary.evictions,
+            "prefix_hits": summary.prefix_hits,
             "finished": summary.finished,
             "attempts": summary.attempts,
             "ends": summary.ends,

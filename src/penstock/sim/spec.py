@@ -28,6 +28,7 @@ from penstock.core.types import Capabilities, OnMiss
 from penstock.sim import profiles
 from penstock.sim.fit import misfit
 from penstock.sim.outcome import attempt_of
+from penstock.sim.prefixes import check_prefixes, prefixes_of
 from penstock.sim.run import Job, Run, Source, Watch, run
 from penstock.sim.sources import ClosedLoop, OpenLoop
 from penstock.sim.study import count_bounces, study_policy
@@ -55,6 +56,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         slo: bounds in seconds, ``[NAME[*WEIGHT]:]ttft=2,gap=0.5``.
         cap: what policies are told of output lengths; None is the longest output.
         kv_tokens, block_size: KV memory in tokens, and tokens per block.
+        prefix_cache: blocks that the trace's requests have in common are computed once; needs a
+            trace with ``hash_ids`` whose blocks are whole blocks here.
         max_batch: most requests in a step.
         prefill_budget: most tokens in a step (never less than ``max_batch``).
         plan_every: steps from one admission pass to the next; None is the preset's.
@@ -83,6 +86,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cap: int | None = None
     kv_tokens: int
     block_size: int = 1
+    prefix_cache: bool = False
     max_batch: int = 1024
     prefill_budget: int = 2048
     plan_every: int | None = None
@@ -154,6 +158,7 @@ class RunResult(msgspec.Struct, frozen=True):
 
     Attributes:
         evicted_ratio: evictions over finished requests.
+        prefix_hits: prompt tokens found in the prefix cache, over all prompt tokens.
         memory: mean share of the KV memory in use over decode steps.
         seconds: simulated; ``wall_s`` is what it took to simulate.
         latency: by name (ttft, tpot, gap, e2e): mean, p50, p90, p99 of finished requests.
@@ -170,6 +175,7 @@ class RunResult(msgspec.Struct, frozen=True):
     memory: float
     evictions: int
     evicted_ratio: float | None
+    prefix_hits: float
     decode_steps: int
     steps: int
     seconds: float
@@ -229,8 +235,9 @@ def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResu
     steps = sum(each.decode_steps for each in runs)
     held = sum(each.memory * each.decode_steps for each in runs)
     notes = workload.notes
-    if workload.hash_ids is not None:
+    if workload.hash_ids is not None and not any(each.cached_tokens for each in runs):
         notes = (*notes, "prefixes that the trace's requests share are computed anew each time")
+    prompts = sum(record.job.prompt for record in records)
     return RunResult(
         attempts=summary.attempts,
         finished=finished,
@@ -242,6 +249,7 @@ def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResu
         memory=held / steps if steps else 0.0,
         evictions=evictions,
         evicted_ratio=evictions / finished if finished else None,
+        prefix_hits=sum(each.cached_tokens for each in runs) / prompts if prompts else 0.0,
         decode_steps=steps,
         steps=sum(each.steps for each in runs),
         seconds=seconds,
@@ -296,6 +304,8 @@ def check_workload(spec: RunSpec, made: Workload) -> None:
             file = spec.trace if made.origin is None else made.origin.path
             msg = f"{file}: rows are not in order of time: {note.removeprefix(SORTED)[2:]}"
             raise SpecError(msg)
+    if spec.prefix_cache:
+        check_prefixes(made, spec.block_size, spec.scale)
     room = min(spec.kv_tokens, capabilities_of(spec).kv_tokens)
     large = misfit(made, room, spec.cap, enforce_cap=not spec.steps_only)
     if large is not None:
@@ -310,8 +320,9 @@ def jobs_of(spec: RunSpec, workload: Workload) -> list[Job]:
     times = [0.0] * count if workload.arrival is None else (workload.arrival / spec.speed).tolist()
     rows = zip(times, workload.prompt.tolist(), workload.output.tolist(), strict=True)
     classes = [workload.slo_class(index) for index in range(count)]
+    prefixes = prefixes_of(workload, spec.block_size) if spec.prefix_cache else [()] * count
     return [
-        Job(str(i), *row, cap, classes[i].slo, classes[i].name, OnMiss.KEEP, 0, (), i)
+        Job(str(i), *row, cap, classes[i].slo, classes[i].name, OnMiss.KEEP, 0, prefixes[i], i)
         for i, row in enumerate(rows)
     ]
 
@@ -324,6 +335,7 @@ def capabilities_of(spec: RunSpec) -> Capabilities:
         max_batch=spec.max_batch,
         max_step_tokens=max(spec.prefill_budget, spec.max_batch),
         max_request_tokens=spec.kv_tokens + 1,
+        prefix_cache=spec.prefix_cache,
     )
 
 
