@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,8 @@ def load(
         prefix_cache=False,
         threads=threads,
     )
+    gc.collect()  # as the server's engine process does
+    gc.freeze()
     scheduler = Scheduler(engine.capabilities, presets.build("past-future"))
     runtime = Runtime(scheduler, engine, time.perf_counter)
     served = 0

@@ -8,6 +8,7 @@ it closes, however the front end ended, this process leaves too.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -40,7 +41,7 @@ from penstock.server.messages import (
 _WAITING_POLL_MS = 5
 _IDLE_POLL_MS = 1000
 # How often a thread of libgomp looks whether the others are done before it sleeps.
-_SPINS = "1000"
+_SPINS = "10000"
 
 
 class EngineLoop:
@@ -158,6 +159,9 @@ def main() -> int:
             traceback.print_exc()
         sys.stderr.write(f"penstock: the engine cannot start: {error}\n")
         return 1
+    # Models are full of objects that stay; the collector would look at them again and again.
+    gc.collect()
+    gc.freeze()
     context = zmq.Context()
     commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     commands.rcvhwm = 0
