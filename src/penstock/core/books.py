@@ -214,22 +214,14 @@ class Books:
 
     def view(self, now: float) -> Snapshot:
         """What policies may see."""
+        ledger, decoding = self.ledger, len(self.decode)
+        overlap = 2 * (self.capabilities.depth - 1)
+        # In the order of its fields: by name costs twice as much, in every step.
         return Snapshot(
-            now=now,
-            plan=self.number + 1,
-            capacity=self.ledger.capacity,
-            block_size=self.ledger.block_size,
-            used=self.ledger.used,
-            shared=self.ledger.common,
-            lingering=self._lingering_blocks(),
-            overlap=2 * (self.capabilities.depth - 1),
-            waiting=len(self.queue),
-            running=self.running,
-            decoding=len(self.decode),
-            reserved=self.reserved,
-            caps_bind=self._enforce_caps,
-            gather=self.columns,
-        )
+            now, self.number + 1, ledger.capacity, ledger.block_size, ledger.used, ledger.common,
+            self._lingering_blocks(), overlap, len(self.queue), decoding + len(self.prefill),
+            decoding, self.reserved, self._enforce_caps, self.columns,
+        )  # fmt: skip
 
     def columns(self, count: int | None = None) -> Columns:
         """The first ``count`` running requests: those that decode, then those in prefill."""

@@ -104,20 +104,25 @@ class LengthHistory:
         """
         count = len(self._lengths)
         past = self._sorted[1 : count + 1]
-        longest = past[-1]
+        longest = int(past[-1])
         first = past.searchsorted(generated, side="right")
         # The cap as one more knot: if larger than all others, or in any case.
         tail = longest < cap if binding else 1
         position = uniform * (count - first + tail)
         knot = position.astype(np.int64)
+        position -= knot
         place = first + knot
         # sorted[place] is the past length before place; below g only before the first knot.
-        low = np.maximum(self._sorted[place], generated)
+        low = np.maximum(self._sorted.take(place), generated)
+        place += 1
+        high = self._sorted.take(place)
         last = cap if binding else np.maximum(cap, longest)
-        high = np.where(place == count, last, self._sorted[place + 1])
-        drawn = np.rint(low + (high - low) * (position - knot)).astype(np.int64)
-        if not binding:
-            at_least: Ints = np.maximum(drawn, generated)
-            return at_least
-        within: Ints = np.minimum(np.maximum(drawn, generated), cap)
-        return within
+        # Beyond the longest there is only the cap.
+        np.copyto(high, last, where=place > count)
+        position *= high - low
+        position += low
+        # Rounding cannot leave [low, high].
+        drawn: Ints = np.rint(position, out=position).astype(np.int64)
+        if binding:
+            np.minimum(drawn, cap, out=drawn)
+        return drawn
