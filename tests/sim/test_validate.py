@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penstock.cli import app
+from penstock.core.forecast.latency.affine import Affine
 from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.policies import presets
 from penstock.core.types import Capabilities
 from penstock.sim.layer_counts import depths, layers_of
 from penstock.sim.layer_table import LayerTable, TableError, read_layer_table
-from penstock.sim.measured import MeasuredError, read_requests
+from penstock.sim.measured import MeasuredError, MeasuredRequest, read_requests
+from penstock.sim.pipelined import Pipelined
 from penstock.sim.run import Job, run
 from penstock.sim.sources import OpenLoop
+from penstock.sim.validate import Server, validate
+from penstock.sim.validate_command import ServerOptions, server_of
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "latency"
 LAYERS, HOST = 32, 0.004
@@ -56,14 +63,15 @@ def write_tables(folder: Path) -> str:
     return str(prefix)
 
 
-def write_run(folder: Path, model: LayerTable) -> Path:
+def write_run(folder: Path, model: LayerTable, depth: int = 2) -> Path:
     """A run of 60 requests that took what the model says."""
     jobs = [
         Job(str(i), 0.05 * i, 100 + 37 * i % 900, 20 + 53 * i % 300, 400, request=i)
         for i in range(60)
     ]
     machine = Capabilities(KV_TOKENS // 16, 16, 128, 2048, KV_TOKENS)
-    done = run(OpenLoop(jobs), machine, presets.build("vllm", watermark=1.0), model)
+    source = OpenLoop(jobs) if depth == 1 else Pipelined(jobs)
+    done = run(source, machine, presets.build("vllm", watermark=1.0), model)
     lines = []
     for record in done.records:
         job, latency = record.job, record.latency
@@ -99,20 +107,23 @@ def validated(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("link", [0.0, 5e-5])
+@pytest.mark.parametrize(
+    ("host", "link", "depth"), [(HOST, 0.0, 2), (HOST, 5e-5, 2), (HOST, 0.0, 1), (-0.001, 0.0, 2)]
+)
 def test_it_recovers_the_times_that_made_a_run(
-    tmp_path: Path, prefix: str, link: float, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = read_layer_table(prefix, LAYERS).with_host(HOST).with_link(link)
-    path = write_run(tmp_path, model)
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str], host: float, link: float,
+    depth: int,
+) -> None:  # fmt: skip
+    model = read_layer_table(prefix, LAYERS).with_host(host).with_link(link)
+    path = write_run(tmp_path, model, depth)
     parallel = ["--parallel", "2"] if link else []
     found = validated(
         str(path), "--profile", f"llmservingsim:{prefix}", "--kv-tokens", str(KV_TOKENS),
         "--calibrate-on", "30", "--max-batch", "128", "--layers", str(LAYERS), *parallel,
-        capsys=capsys,
+        "--depth", str(depth), "--no-prefix-cache", capsys=capsys,
     )  # fmt: skip
     assert found["predicted"] == 30
-    assert found["host"] == pytest.approx(HOST, rel=0.05)
+    assert found["host"] == pytest.approx(host, rel=0.05)
     assert found["link"] == pytest.approx(link, rel=0.1)
     errors = found["errors"]
     assert isinstance(errors, dict)
@@ -127,7 +138,7 @@ def test_without_a_known_model_the_depth_is_found(
     path = write_run(tmp_path, read_layer_table(prefix, LAYERS).with_host(HOST))
     found = validated(
         str(path), "--profile", f"llmservingsim:{prefix}", "--kv-tokens", str(KV_TOKENS),
-        "--calibrate-on", "30", "--max-batch", "128", capsys=capsys,
+        "--calibrate-on", "30", "--max-batch", "128", "--no-prefix-cache", capsys=capsys,
     )  # fmt: skip
     assert found["layers"] == LAYERS
 
@@ -153,6 +164,36 @@ def test_steps_between_measured_points_are_interpolated(prefix: str) -> None:
     assert table.seconds(load) == pytest.approx(1e-6 * (LAYERS * dense + once))
     beyond = table.seconds(StepLoad(300, 300 * 10_000))
     assert beyond > table.seconds(StepLoad(256, 256 * 8192))
+
+
+def rewrite(prefix: str, part: str, change: Callable[[list[str]], list[str]]) -> None:
+    """Change the lines of a table, its head the first of them."""
+    path = Path(f"{prefix}_{part}.csv.gz")
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    path.write_bytes(gzip.compress("\n".join(change(lines)).encode()))
+
+
+def with_column(lines: list[str], name: str, value: object) -> list[str]:
+    return [f"{name},{lines[0]}", *(f"{value},{line}" for line in lines[1:])]
+
+
+def test_later_tables_name_the_kernel_and_the_tokens_that_are_checked_at_once(prefix: str) -> None:
+    plain = read_layer_table(prefix, LAYERS)
+
+    def later(lines: list[str]) -> list[str]:
+        slower = [line.rpartition(",")[0] + ",99999" for line in lines[1:]]
+        checked = with_column([lines[0], *slower], "decode_q_len", 4)[1:]
+        once = with_column(lines, "decode_q_len", 1)
+        return with_column([*once, *checked], "layer", "attention")
+
+    rewrite(prefix, "attention", later)
+    assert read_layer_table(prefix, LAYERS) == plain
+    rewrite(prefix, "attention", lambda lines: [*lines, "indexer" + lines[1][len("attention") :]])
+    with pytest.raises(TableError, match="has the kernels attention, indexer"):
+        read_layer_table(prefix, LAYERS)
+    rewrite(prefix, "attention", lambda lines: [*with_column(lines[:1], "x", 1), "1," + lines[-2]])
+    with pytest.raises(TableError, match="no rows with a decode_q_len of 1"):
+        read_layer_table(prefix, LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +233,8 @@ GOOD = {"input_toks": 5, "output_toks": 2, "queued_ts": 1.0, "first_token_ts": 2
         (json.dumps({**GOOD, "queued_ts": "x"}), "line 2: queued_ts is 'x'"),
         (json.dumps({**GOOD, "first_token_ts": 0.5}), "line 2: first_token_ts must lie between"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "input_toks"}), "input_toks is missing"),
+        (json.dumps({**GOOD, "input_toks": 5.5}), "line 2: input_toks is 5.5; .* whole number"),
+        (json.dumps({**GOOD, "arrival_time": 7.0}), "line 2: arrival_time must be in all lines"),
     ],
 )
 def test_a_bad_run_is_named(tmp_path: Path, row: str, words: str) -> None:
@@ -199,6 +242,86 @@ def test_a_bad_run_is_named(tmp_path: Path, row: str, words: str) -> None:
     path.write_text(f"{json.dumps(GOOD)}\n{row}\n")
     with pytest.raises(MeasuredError, match=words):
         read_requests(path)
+
+
+def test_requests_came_when_their_clients_sent_them(tmp_path: Path) -> None:
+    """The engine's clock is 1000 s behind, and it takes requests in after a step of 0.5 s."""
+    path = tmp_path / "x_requests.jsonl"
+    rows = [
+        {**GOOD, "arrival_time": 1000 + at, "queued_ts": taken, "first_token_ts": 9.0,
+         "last_token_ts": 9.0}
+        for at, taken in ((1.3, 1.5), (1.0, 1.0), (1.1, 1.5))
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = read_requests(path)
+    assert [request.arrival for request in found] == pytest.approx([1.0, 1.1, 1.3])
+    assert [request.line for request in found] == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("meta", "server"),
+    [
+        ({}, Server(9000)),
+        ({"vllm_version": "0.13.1"}, Server(9000, depth=1)),
+        ({"vllm_version": "0.19.0"}, Server(9000)),
+        ({"engine_kwargs": {"async_scheduling": False, "max_num_seqs": 64}},
+         Server(9000, depth=1, max_batch=64)),
+        ({"engine_kwargs": {"enable_prefix_caching": False, "tensor_parallel_size": 2},
+          "kv_cache": {"block_size": 32}},
+         Server(9000, block_size=32, parallel=2, prefix_cache=False)),
+    ],
+)  # fmt: skip
+def test_what_the_server_was_is_read_beside_the_run(meta: dict[str, Any], server: Server) -> None:
+    assert server_of(ServerOptions(9000), meta) == server
+
+
+def test_what_is_said_counts_more_than_what_is_beside_the_run() -> None:
+    meta = {"engine_kwargs": {"max_num_seqs": 64, "enable_prefix_caching": False}}
+    said = ServerOptions(9000, max_batch=8, depth=1, prefix_cache=True)
+    assert server_of(said, meta) == Server(9000, max_batch=8, depth=1)
+    with pytest.raises(ValueError, match="max_num_seqs is 'x'"):
+        server_of(ServerOptions(9000), {"engine_kwargs": {"max_num_seqs": "x"}})
+
+
+def test_a_request_that_can_never_fit_is_named(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x_requests.jsonl"
+    rows = [GOOD, {**GOOD, "input_toks": 600}, GOOD]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit):
+        app(["validate", str(path), "--profile", f"llmservingsim:{prefix}", "--layers", "2",
+             "--kv-tokens", "607", "--calibrate-on", "1"])  # fmt: skip
+    words = "line 2 of the run: input_toks (600) and output_toks (2) can never fit kv_tokens (607)"
+    assert words in capsys.readouterr().err
+
+
+def test_a_step_ahead_is_planned_without_those_who_come_meanwhile() -> None:
+    """Steps take 1 s.  b comes in a's first step, of which the second is planned already."""
+    jobs = [Job("a", 0.5, 1, 9, 9), Job("b", 0.9, 1, 9, 9), Job("c", 30.2, 1, 1, 1)]
+    machine = Capabilities(99, 1, 4, 8, 99)
+    model = Affine(step=1.0, token=0.0, work=0.0, request=0.0, context=0.0)
+    for source, wanted in ((OpenLoop(jobs), (1.5, 2.5, 31.2)), (Pipelined(jobs), (1.5, 3.5, 31.2))):
+        done = run(source, machine, presets.build("vllm", watermark=1.0), model)
+        first = {r.job.id: r.track.first_at for r in done.records}
+        assert [first[name] for name in "abc"] == pytest.approx(wanted)
+
+
+def test_who_was_evicted_finds_its_prompt_again(prefix: str) -> None:
+    model = read_layer_table(prefix, LAYERS).with_host(HOST)
+    requests = [MeasuredRequest(0.01 * i, 600, 300, 4.0, 9.0, i) for i in range(20)]
+    kept, dropped = (
+        validate(requests, Server(6000, prefix_cache=cached), model, 10) for cached in (True, False)
+    )
+    assert dropped.evictions > 0
+    assert kept.simulated["e2e"] < dropped.simulated["e2e"]
+
+
+def test_without_second_tokens_there_is_no_time_between_tokens(prefix: str) -> None:
+    requests = [MeasuredRequest(float(i), 600, 1, i + 0.3, i + 0.3) for i in range(4)]
+    errors = validate(requests, Server(6000), read_layer_table(prefix, LAYERS), 2).errors
+    assert math.isnan(errors.tpot_mean)
+    assert abs(errors.ttft_mean) < 0.01
 
 
 def test_too_few_requests_to_predict(

@@ -28,6 +28,8 @@ _ONCE = frozenset({"embedding", "final_layernorm"})
 # Before attention and before the MLP.
 _TWICE = frozenset({"layernorm"})
 _MICRO = 1e-6
+# Of attention, in later versions of the profiler: the kernel, and tokens per decoding request.
+_OPTIONAL = ("layer", "decode_q_len")
 
 _Row = TypeVar("_Row")
 Curve: TypeAlias = tuple[list[float], list[float]]
@@ -86,7 +88,8 @@ class LayerTable:
         per_sequence: of head and sampler, against sequences.
         attention: of one layer.
         layers: of the model.
-        host: seconds per step beyond the kernels.
+        host: seconds per step beyond the kernels; negative where kernels overlap, or were
+            profiled with gaps that a server has not.
         link: seconds per token beyond the kernels.
     """
 
@@ -99,6 +102,11 @@ class LayerTable:
     link: float = 0.0
 
     wants_longest = False
+
+    @property
+    def least_host(self) -> float:
+        """Half of the smallest step may be host time that is not there, no more."""
+        return -replace(self, host=0.0, link=0.0).seconds(StepLoad(1, 1)) / 2
 
     def with_host(self, seconds: float) -> LayerTable:
         """The same with another time per step."""
@@ -146,16 +154,19 @@ def read_layer_table(prefix: str, layers: int) -> LayerTable:
     dense = _read(prefix, "dense", ("layer", "tokens"))
     sequences = _read(prefix, "per_sequence", ("layer", "sequences"))
     axes = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+    attention = _one_kernel(_read(prefix, "attention", axes, _OPTIONAL), f"{prefix}_attention")
     return LayerTable(
         dense=_sum(dense, "tokens", lambda layer: 0 if layer in _ONCE else 1 + (layer in _TWICE)),
         once=_sum(dense, "tokens", lambda layer: int(layer in _ONCE)),
         per_sequence=_sum(sequences, "sequences", lambda _: 1),
-        attention=_attention(_read(prefix, "attention", axes), axes, prefix),
+        attention=_attention(attention, axes, prefix),
         layers=layers,
     )
 
 
-def _read(prefix: str, part: str, keys: Sequence[str]) -> pl.DataFrame:
+def _read(
+    prefix: str, part: str, keys: Sequence[str], optional: Sequence[str] = ()
+) -> pl.DataFrame:
     for suffix in (".csv.gz", ".csv"):
         path = Path(f"{prefix}_{part}{suffix}")
         if path.is_file():
@@ -163,7 +174,6 @@ def _read(prefix: str, part: str, keys: Sequence[str]) -> pl.DataFrame:
     else:
         msg = f"{prefix}_{part}.csv.gz: there is no such file"
         raise TableError(msg)
-    text = [key for key in keys if key == "layer"]
     try:
         frame = pl.read_csv(path, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -177,10 +187,28 @@ def _read(prefix: str, part: str, keys: Sequence[str]) -> pl.DataFrame:
     if not frame.height:
         msg = f"{path}: has no rows"
         raise TableError(msg)
+    wanted += [name for name in optional if name in frame.columns]
     for name in wanted:
-        if name not in text:
+        if name != "layer":
             frame = _as_numbers(frame, name, path)
     return frame.select(wanted)
+
+
+def _one_kernel(frame: pl.DataFrame, name: str) -> pl.DataFrame:
+    """The rows of attention proper, with one token per decoding request."""
+    if "decode_q_len" in frame.columns:
+        frame = frame.filter(pl.col("decode_q_len") <= 1)
+        if not frame.height:
+            msg = f"{name}: has no rows with a decode_q_len of 1"
+            raise TableError(msg)
+    kernels = frame["layer"].unique().sort().to_list() if "layer" in frame.columns else []
+    if len(kernels) > 1:
+        msg = (
+            f"{name}: has the kernels {', '.join(map(str, kernels))}; which layers run which of "
+            "them is not in the table, so there must be one"
+        )
+        raise TableError(msg)
+    return frame
 
 
 def _as_numbers(frame: pl.DataFrame, name: str, path: Path) -> pl.DataFrame:

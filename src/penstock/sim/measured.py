@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import math
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-_SUFFIX = "_requests.jsonl.gz"
+_SUFFIX = "_requests.jsonl"
 _COUNTS = ("input_toks", "output_toks")
 _STAMPS = ("queued_ts", "first_token_ts", "last_token_ts")
+_SENT = "arrival_time"
 
 
 class MeasuredError(ValueError):
@@ -24,9 +26,10 @@ class MeasuredRequest:
     """A request of a measured run.
 
     Attributes:
-        arrival: when the engine took it in, in seconds on the run's clock.
+        arrival: when its client sent it, in seconds on the run's clock.
         prompt, output: tokens.
         first_at, last_at: when its first and its last token came.
+        line: of the run's file, from 1.
     """
 
     arrival: float
@@ -34,6 +37,7 @@ class MeasuredRequest:
     output: int
     first_at: float
     last_at: float
+    line: int = 0
 
     @property
     def ttft(self) -> float:
@@ -54,6 +58,10 @@ class MeasuredRequest:
 def read_requests(path: Path) -> list[MeasuredRequest]:
     """Read a run's requests, in order of arrival.
 
+    An engine takes requests in between two steps, so ``queued_ts`` lies up to a step after the
+    arrival.  Where every request has its ``arrival_time``, of another clock, that counts: the
+    least delay from one to the other is taken for what lies between the clocks.
+
     Raises:
         MeasuredError: a line that is not what it should be.
         OSError: the file cannot be read.
@@ -61,17 +69,27 @@ def read_requests(path: Path) -> list[MeasuredRequest]:
     try:
         data = path.read_bytes()
         text = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         msg = f"{path}: not a gzip file: {error}"
         raise MeasuredError(msg) from error
-    requests = [
-        _request(line, f"{path}: line {number}")
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip()
-    ]
+    requests: list[MeasuredRequest] = []
+    sent: list[float | None] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            request, at = _row(line, f"{path}: line {number}")
+            requests.append(replace(request, line=number))
+            sent.append(at)
+            if (at is None) != (sent[0] is None):
+                msg = f"{path}: line {number}: {_SENT} must be in all lines, or in none"
+                raise MeasuredError(msg)
     if not requests:
         msg = f"{path}: has no requests"
         raise MeasuredError(msg)
+    moments = [at for at in sent if at is not None]
+    if moments:
+        pairs = list(zip(requests, moments, strict=True))
+        apart = min(request.arrival - at for request, at in pairs)
+        requests = [replace(r, arrival=min(at + apart, r.arrival)) for r, at in pairs]
     return sorted(requests, key=lambda request: request.arrival)
 
 
@@ -81,10 +99,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     Raises:
         MeasuredError: it is not a JSON object.
     """
-    if not path.name.endswith(_SUFFIX):
-        return {}
-    meta = path.with_name(path.name.removesuffix(_SUFFIX) + "_meta.json")
-    if not meta.is_file():
+    name = path.name.removesuffix(".gz")
+    meta = path.with_name(name.removesuffix(_SUFFIX) + "_meta.json")
+    if not name.endswith(_SUFFIX) or not meta.is_file():
         return {}
     try:
         return msgspec.json.decode(meta.read_bytes(), type=dict[str, Any])
@@ -93,7 +110,8 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise MeasuredError(msg) from error
 
 
-def _request(line: bytes, where: str) -> MeasuredRequest:
+def _row(line: bytes, where: str) -> tuple[MeasuredRequest, float | None]:
+    """A request by the engine's clock, and when it was sent by its client's."""
     try:
         row = msgspec.json.decode(line, type=dict[str, Any])
     except msgspec.DecodeError as error:
@@ -104,7 +122,8 @@ def _request(line: bytes, where: str) -> MeasuredRequest:
     if not queued <= first <= last:
         msg = f"{where}: first_token_ts must lie between queued_ts and last_token_ts"
         raise MeasuredError(msg)
-    return MeasuredRequest(queued, int(counts[0]), int(counts[1]), first, last)
+    sent = None if row.get(_SENT) is None else _number(row, _SENT, where)
+    return MeasuredRequest(queued, int(counts[0]), int(counts[1]), first, last), sent
 
 
 def _number(row: dict[str, Any], name: str, where: str, least: float = -math.inf) -> float:
@@ -112,8 +131,9 @@ def _number(row: dict[str, Any], name: str, where: str, least: float = -math.inf
         msg = f"{where}: {name} is missing"
         raise MeasuredError(msg)
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        wanted = "a number" if least == -math.inf else f"a number of {least:g} or more"
+    kind = int if least > -math.inf else int | float
+    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+        wanted = "a number" if least == -math.inf else f"a whole number of {least:g} or more"
         msg = f"{where}: {name} is {value!r}; it must be {wanted}"
         raise MeasuredError(msg)
     return float(value)

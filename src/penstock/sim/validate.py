@@ -26,6 +26,7 @@ from penstock.core.policies import presets
 from penstock.core.types import Capabilities
 from penstock.sim.layer_table import LayerTable
 from penstock.sim.measured import MeasuredRequest
+from penstock.sim.pipelined import Pipelined
 from penstock.sim.run import Job, Run, run
 from penstock.sim.sources import OpenLoop
 
@@ -37,7 +38,16 @@ _FINE = 0.005
 
 
 class Hosted(LatencyModel, Protocol):
-    """A latency model with a constant of host time."""
+    """A latency model with a constant of host time.
+
+    Attributes:
+        least_host: the least constant that it can have, in seconds.
+    """
+
+    @property
+    def least_host(self) -> float:
+        """See the class."""
+        ...
 
     def with_host(self, seconds: float) -> Hosted:
         """The same with another constant, in seconds per step."""
@@ -53,6 +63,8 @@ class Server:
         max_batch: most requests in a step.
         max_step_tokens: most tokens in a step.
         parallel: GPUs that share each layer.
+        depth: steps that are planned or run at a time: 2 where planning overlaps with computing.
+        prefix_cache: whether an evicted request finds again what nobody has overwritten.
     """
 
     kv_tokens: int
@@ -60,6 +72,13 @@ class Server:
     max_batch: int = 256
     max_step_tokens: int = 2048
     parallel: int = 1
+    depth: int = 2
+    prefix_cache: bool = True
+
+    @property
+    def room(self) -> int:
+        """KV tokens in whole blocks."""
+        return self.kv_tokens // self.block_size * self.block_size
 
 
 class Errors(msgspec.Struct, frozen=True):
@@ -117,6 +136,13 @@ def validate(
     if not 0 < calibrate_on < len(requests):
         msg = f"calibrate_on is {calibrate_on}; it must be from 1 to {len(requests) - 1} requests"
         raise ValueError(msg)
+    for r in requests:
+        if r.prompt + r.output - 1 > server.room:
+            msg = (
+                f"line {r.line} of the run: input_toks ({r.prompt}) and output_toks ({r.output}) "
+                f"can never fit kv_tokens ({server.kv_tokens}) in blocks of {server.block_size}"
+            )
+            raise ValueError(msg)
     if server.parallel == 1 or not isinstance(model, LayerTable):
         return _with_host(requests, server, model, calibrate_on, _PRECISE)
     table = model
@@ -150,6 +176,8 @@ def _with_host(
         return float(replayed(host)[0][first, 2].mean()) < wanted
 
     low, high = 0.0, _LEAST_HOST
+    if not too_short(low):
+        low, high = model.least_host, low
     while too_short(high) and high < _MOST_HOST:
         low, high = high, 2 * high
     while high - low > precise:
@@ -193,20 +221,28 @@ def _replay(requests: Sequence[MeasuredRequest], server: Server, model: LatencyM
     jobs = [
         Job(
             str(i), r.arrival - start, r.prompt, r.output,
-            min(cap, max(r.output, server.kv_tokens - r.prompt)), request=i,
+            min(cap, max(r.output, server.room - r.prompt)), request=i,
+            prefix=_keys(i, r.prompt // server.block_size) if server.prefix_cache else (),
         )
         for i, r in enumerate(requests)
     ]  # fmt: skip
     machine = Capabilities(
-        kv_blocks=max(1, server.kv_tokens // server.block_size),
+        kv_blocks=server.room // server.block_size,
         block_size=server.block_size,
         max_batch=server.max_batch,
         max_step_tokens=max(server.max_step_tokens, server.max_batch),
         max_request_tokens=server.kv_tokens + 1,
+        prefix_cache=server.prefix_cache,
     )
     # Since its version 1, vLLM admits while a block is free.
     policy = presets.build("vllm", watermark=1.0)
-    return run(OpenLoop(jobs), machine, policy, model)
+    source = OpenLoop(jobs) if server.depth == 1 else Pipelined(jobs)
+    return run(source, machine, policy, model)
+
+
+def _keys(request: int, blocks: int) -> tuple[bytes, ...]:
+    """Of a prompt that is like no other's."""
+    return tuple(b"%d.%d" % (request, block) for block in range(blocks))
 
 
 def _times(done: Run, count: int) -> Floats:
@@ -218,11 +254,20 @@ def _times(done: Run, count: int) -> Floats:
 
 
 def _errors(predicted: Floats, real: Floats) -> Errors:
-    ttft, tpot, e2e = np.nanmean(predicted, axis=0) / np.nanmean(real, axis=0) - 1
-    each = np.abs(predicted[:, 2] / real[:, 2] - 1).mean()
+    """Not a number where nothing was measured, as TPOT of requests with one token."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ttft, tpot, e2e = _mean(predicted) / _mean(real) - 1
+        each = np.abs(predicted[:, 2] / real[:, 2] - 1).mean()
     return Errors(float(ttft), float(tpot), float(e2e), float(each))
 
 
 def _means(times: Floats) -> dict[str, float]:
-    names = ("ttft", "tpot", "e2e")
-    return dict(zip(names, map(float, np.nanmean(times, axis=0)), strict=True))
+    with np.errstate(invalid="ignore"):
+        return dict(zip(("ttft", "tpot", "e2e"), map(float, _mean(times)), strict=True))
+
+
+def _mean(times: Floats) -> Floats:
+    """Of each column what is a number."""
+    there = ~np.isnan(times)
+    mean: Floats = np.where(there, times, 0.0).sum(axis=0) / there.sum(axis=0)
+    return mean

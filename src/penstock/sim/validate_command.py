@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import Parameter
@@ -20,7 +21,8 @@ from penstock.sim.validate import Hosted, Server, Validation, validate
 
 SCHEMA = 1
 _TABLE = "llmservingsim:"
-_MAX_BATCH, _STEP_TOKENS = 256, 2048  # vLLM's own defaults
+_ASYNC_SINCE = (0, 14)
+_BLOCK, _MAX_BATCH, _STEP_TOKENS = 16, 256, 2048  # vLLM's own defaults
 
 
 @Parameter(name="*", negative="")
@@ -30,19 +32,25 @@ class ServerOptions:
 
     Attributes:
         kv_tokens: KV memory, in tokens.
-        block_size: Tokens per KV block.
+        block_size: Tokens per KV block (16 if nobody says).
         max_batch: Most requests in a step (vLLM's --max-num-seqs; 256 if nobody says).
         prefill_budget: Most tokens in a step (--max-num-batched-tokens; 2048 if nobody says).
         parallel: GPUs that share each layer (--tensor-parallel-size; 1 if nobody says).
+        depth: 2 if a step is planned while the one before it runs (--async-scheduling, vLLM's
+            default since 0.14), else 1.
+        prefix_cache: Whether prefixes are cached (--enable-prefix-caching, vLLM's default); what is
+            left of an evicted request's prompt is then not computed anew.
         layers: The model's decoder layers. Known for many models by their name; else the depth that
             explains the calibrated requests best is taken.
     """
 
     kv_tokens: int
-    block_size: int = 16
+    block_size: int | None = None
     max_batch: int | None = None
     prefill_budget: int | None = None
     parallel: int | None = None
+    depth: Literal[1, 2] | None = None
+    prefix_cache: Annotated[bool | None, Parameter(negative="--no-prefix-cache")] = None
     layers: int | None = None
 
 
@@ -71,7 +79,7 @@ def validate_command(
     """
     try:
         requests, meta = read_requests(run), read_meta(run)
-        machine_ = _server(server, meta)
+        machine_ = server_of(server, meta)
         model, layers = _model(profile, server, meta, run, (requests, machine_, calibrate_on))
         done = validate(requests, machine_, model, calibrate_on)
     except (ValueError, OSError) as error:
@@ -81,9 +89,16 @@ def validate_command(
     return 0
 
 
-def _server(given: ServerOptions, meta: dict[str, Any]) -> Server:
+def server_of(given: ServerOptions, meta: dict[str, Any]) -> Server:
+    """The server that was measured: what the options say, else the run's meta, else vLLM's own.
+
+    Raises:
+        ValueError: something is not the number that it must be.
+    """
     said = meta.get("engine_kwargs")
     known = said if isinstance(said, dict) else {}
+    memory = meta.get("kv_cache")
+    blocks = memory.get("block_size") if isinstance(memory, dict) else None
 
     def number(name: str, own: int | None, default: int) -> int:
         value = own if own is not None else known.get(name) or default
@@ -94,11 +109,23 @@ def _server(given: ServerOptions, meta: dict[str, Any]) -> Server:
 
     return Server(
         kv_tokens=number("kv_tokens", given.kv_tokens, 0),
-        block_size=number("block_size", given.block_size, 16),
+        block_size=number("block_size", given.block_size or blocks, _BLOCK),
         max_batch=number("max_num_seqs", given.max_batch, _MAX_BATCH),
         max_step_tokens=number("max_num_batched_tokens", given.prefill_budget, _STEP_TOKENS),
         parallel=number("tensor_parallel_size", given.parallel, 1),
+        depth=given.depth or (2 if _plans_ahead(known, meta) else 1),
+        prefix_cache=known.get("enable_prefix_caching") is not False
+        if given.prefix_cache is None
+        else given.prefix_cache,
     )
+
+
+def _plans_ahead(known: dict[str, Any], meta: dict[str, Any]) -> bool:
+    """Whether vLLM overlaps planning with computing."""
+    said = known.get("async_scheduling")
+    version = re.match(r"v?(\d+)\.(\d+)", str(meta.get("vllm_version", "")))
+    newer = version is None or (int(version[1]), int(version[2])) >= _ASYNC_SINCE
+    return newer if said is None else bool(said)
 
 
 def _model(

@@ -39,6 +39,7 @@ class Roofline:
     work: float
 
     wants_longest = False
+    least_host = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
