@@ -26,7 +26,7 @@ Beside the paper's four curves there are, for what they show:
   1.49 s (70B: 4.9 s) without a token.
 
 Cells are kept in ``cells.jsonl`` as they end, and an interrupted run goes on; ``--fresh`` starts
-over.
+over, ``--main`` leaves the additional curves for later.
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ class Cell:
         return "/".join(map(str, asdict(self).values()))
 
 
-def cells(seeds: Sequence[int]) -> Iterator[Cell]:
-    """All of them; those of the paper's curves first."""
-    for group in (SERIES[: len(MAIN)], SERIES[len(MAIN) :]):
+def cells(seeds: Sequence[int], *, main: bool = False) -> Iterator[Cell]:
+    """All of them, those of the paper's curves first; with ``main`` only those."""
+    for group in (SERIES[: len(MAIN)], () if main else SERIES[len(MAIN) :]):
         for seed in seeds:
             for gpu in MACHINES:
                 for load in LOADS:
@@ -270,20 +270,20 @@ class Panel:
 
 
 def panels(rows: Mapping[str, dict[str, Any]], seeds: Sequence[int]) -> list[Panel]:
-    """Sum cells up."""
+    """Sum cells up; curves with missing cells are left out."""
     made = []
     for gpu in MACHINES:
         for load in LOADS:
-            curves = {
-                series.name: tuple(
-                    statistics.fmean(
-                        rows[Cell(gpu.name, load.name, clients, series.name, seed).key]["goodput"]
-                        for seed in seeds
-                    )
+            curves = {}
+            for series in SERIES:
+                keys = [
+                    [Cell(gpu.name, load.name, clients, series.name, seed).key for seed in seeds]
                     for clients in gpu.clients
-                )
-                for series in SERIES
-            }
+                ]
+                if all(key in rows for group in keys for key in group):
+                    curves[series.name] = tuple(
+                        statistics.fmean(rows[key]["goodput"] for key in group) for group in keys
+                    )
             made.append(Panel(gpu.name, load.name, gpu.clients, curves))
     return made
 
@@ -304,6 +304,8 @@ def figure(made: Sequence[Panel]) -> Figure:
 
 def _draw(panel: Panel, axes: Axes) -> None:
     for name in (*MAIN, "past-future, cold", "vllm, late given up"):
+        if name not in panel.curves:
+            continue
         color = COLORS[_series(name).preset]
         style = ":" if name == "oracle" else "-" if name in MAIN else "--"
         width = 1.6 if name in MAIN else 0.9
@@ -337,14 +339,15 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for panel in made:
-        ratios, cold = panel.ratios(), panel.ratios("past-future, cold")
-        given_up = panel.ratios("past-future, late given up", ("tgi", "vllm, late given up"))
+        ratios = panel.ratios()
+        cold = _largest(panel, "past-future, cold", "tgi", "vllm")
+        given_up = _largest(panel, "past-future, late given up", "tgi", "vllm, late given up")
         top = max(ratios)
         at = panel.clients[ratios.index(top)]
         share = panel.ratios(others=("oracle",))[-1]
         lines.append(
             f"| {panel.machine} | {panel.load} | {top:.2f}, {at} | {ratios[-1]:.2f} | "
-            f"{max(cold):.2f} | {max(given_up):.2f} | {share:.2f} |"
+            f"{cold} | {given_up} | {share:.2f} |"
         )
     for panel in made:
         lines += ["", f"## {panel.machine}, {panel.load}", ""]
@@ -354,6 +357,11 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
             lines.append(f"| {name} | " + " | ".join(f"{value:,.0f}" for value in values) + " |")
         lines.append("| ratio | " + " | ".join(f"{ratio:.2f}" for ratio in panel.ratios()) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _largest(panel: Panel, ours: str, *others: str) -> str:
+    known = {ours, *others} <= panel.curves.keys()
+    return f"{max(panel.ratios(ours, others)):.2f}" if known else "-"
 
 
 def gather(todo: Sequence[Cell], book: Path, jobs: int) -> dict[str, dict[str, Any]]:
@@ -382,6 +390,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--jobs", type=int, default=2, help="simulations at a time")
+    parser.add_argument("--main", action="store_true", help="only the paper's four curves")
     parser.add_argument("--fresh", action="store_true", help="forget the cells that are done")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/past_future_goodput")
     arguments = parser.parse_args()
@@ -389,7 +398,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.fresh:
         (out / "cells.jsonl").unlink(missing_ok=True)
-    rows = gather(list(cells(arguments.seeds)), out / "cells.jsonl", arguments.jobs)
+    todo = list(cells(arguments.seeds, main=arguments.main))
+    rows = gather(todo, out / "cells.jsonl", arguments.jobs)
     made = panels(rows, arguments.seeds)
     facts: dict[str, object] = {
         "command": " ".join(["python", *sys.argv]),

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from penstock.core.forecast.latency.base import StepLoad
+from penstock.core.forecast.latency.fit import Sample, fit_roofline
 from penstock.core.forecast.latency.roofline import Roofline
 
 TARGET = Path(__file__).resolve().parents[2] / "src" / "penstock" / "sim" / "profiles"
@@ -33,7 +33,6 @@ HOST_NOTE = (
 )
 SOURCE = "step times computed with NVIDIA aiconfigurator 0.12.0 (Apache-2.0), vLLM backend"
 EVERY = 5
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -94,41 +93,6 @@ def rows(folder: Path, model: str, system: str, tp: str) -> list[tuple[StepLoad,
     return found
 
 
-def fit(data: list[tuple[StepLoad, float, bool]]) -> Roofline:
-    """Least squares of relative errors, the bound of each row found by iteration."""
-    loads = [load for load, _, held in data if not held]
-    seconds = np.array([s for _, s, held in data if not held])
-    tokens = np.array([load.prefill + load.decoding for load in loads], dtype=float)
-    shared = np.array(
-        [[load.decoding, load.context, load.prefill_work] for load in loads], dtype=float
-    )
-    bound = tokens > np.median(tokens)
-    model = Roofline(0, 0, 0, 0, 0, 0, 0)
-    for _ in range(100):
-        columns = np.column_stack((~bound, bound, np.where(bound, tokens, 0), shared))
-        x = non_negative(columns / seconds[:, None], np.ones_like(seconds))
-        weights, base, token, request, context, work = map(float, x)
-        model = Roofline(0.0, weights, base, token, request, context, work)
-        now = base + token * tokens > weights
-        if (now == bound).all():
-            break
-        bound = now
-    return model
-
-
-def non_negative(a: Floats, b: Floats) -> Floats:
-    """Least squares with no negative coefficient: the negative ones are dropped, one by one."""
-    keep = list(range(a.shape[1]))
-    scale = np.maximum(np.abs(a).max(axis=0), 1e-300)
-    while True:
-        x = np.linalg.lstsq((a / scale)[:, keep], b, rcond=None)[0]
-        if (x >= 0).all():
-            full = np.zeros(a.shape[1])
-            full[keep] = x / scale[keep]
-            return full
-        keep.pop(int(x.argmin()))
-
-
 def errors(model: Roofline, data: list[tuple[StepLoad, float, bool]]) -> dict[str, float | int]:
     """On the held-out rows, without host time, of which the tables have none."""
     relative = [abs(model.seconds(load) / s - 1) for load, s, held in data if held]
@@ -184,7 +148,7 @@ def main() -> None:
             if not data:
                 continue
             name = f"{short}/{gpu}" + ("" if tp == "1" else f"-x{tp}")
-            found = fit(data)
+            found = fit_roofline([Sample(load, s) for load, s, held in data if not held])
             error = errors(found, data)
             fitted[name] = (found, error)
             where = f"{title} on {gpu_title}" + ("" if tp == "1" else f", tensor parallel {tp}")
