@@ -46,6 +46,19 @@ def check_latency_model(model: LatencyModel, *, prefill_counts: bool = True) -> 
         more = load._replace(decoding=decoding, context=decoding * (each + longer), longest=longest)
         assert model.seconds(more) >= model.seconds(load) * (1 - _TINY)
 
+    @given(loads(), st.integers(1, 500))
+    def more_prompt_takes_no_less(load: StepLoad, tokens: int) -> None:
+        if not load.chunks:
+            return
+        # Each chunk is longer by so many tokens, after the same context.
+        chunk = load.prefill / load.chunks
+        context = load.prefill_work / load.prefill - chunk / 2
+        prefill = load.prefill + load.chunks * tokens
+        longer = load._replace(
+            prefill=prefill, prefill_work=prefill * (context + (chunk + tokens) / 2)
+        )
+        assert model.seconds(longer) >= model.seconds(load) * (1 - _TINY)
+
     @given(st.integers(1, 200), st.integers(1, 4000))
     def the_line_is_what_steps_take(decoding: int, each: int) -> None:
         line = model.decode_line(decoding)
@@ -56,4 +69,5 @@ def check_latency_model(model: LatencyModel, *, prefill_counts: bool = True) -> 
 
     takes_time()
     more_takes_no_less()
+    more_prompt_takes_no_less()
     the_line_is_what_steps_take()

@@ -68,6 +68,13 @@ class Shrinking:
         del decoding
 
 
+class ShrinkingPrompts(Shrinking):
+    """Faster with longer prompts."""
+
+    def seconds(self, load: StepLoad) -> float:
+        return 1 + 1 / (1 + load.prefill)
+
+
 class OffTheLine(Shrinking):
     """Its line is another model's."""
 
@@ -78,7 +85,7 @@ class OffTheLine(Shrinking):
         return 1.0 * decoding, 2.0
 
 
-@pytest.mark.parametrize("model", [Shrinking(), OffTheLine()])
+@pytest.mark.parametrize("model", [Shrinking(), ShrinkingPrompts(), OffTheLine()])
 def test_the_kit_can_fail(model: LatencyModel) -> None:
     with pytest.raises(AssertionError):
         check_latency_model(model)

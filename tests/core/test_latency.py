@@ -73,6 +73,26 @@ def test_online_prices_begin_with_the_prior() -> None:
         OnlineAffine(prior, memory=0)
 
 
+def test_what_was_never_seen_keeps_the_price_of_the_prior() -> None:
+    prior = Affine(0.1, 1e-3, 1e-7, 1e-2, 1e-5)
+    model = OnlineAffine(prior)
+    for sample in steps(400, 9):
+        load = sample.load._replace(prefill=0, prefill_work=0.0, chunks=0)
+        if load.decoding:
+            model.observe(load, TRUTH.seconds(load))
+    assert model.model.token == pytest.approx(prior.token)
+    assert model.model.work == pytest.approx(prior.work)
+    load = StepLoad(20, 20_000)
+    assert model.seconds(load) == pytest.approx(TRUTH.seconds(load), rel=0.001)
+
+
+def test_a_prior_that_is_far_off_is_forgotten() -> None:
+    model = OnlineAffine(Affine(1e-4, 1e-6, 1e-11, 1e-6, 1e-9))
+    for sample in steps(600, 10):
+        model.observe(*sample)
+    assert mape(model, steps(200, 11)) < 0.02
+
+
 def test_a_slice_is_its_prefill_and_its_steps() -> None:
     model = Bilinear((1e-7, 1e-4, 1e-6, 0.01), (2e-8, 1e-5, 3e-7, 0.02))
     steps_alone = sum(model.seconds(StepLoad(6, 0, longest=100 + k)) for k in range(1, 33))

@@ -1,12 +1,15 @@
 """Prices fitted while steps come in, from any engine that measures them.
 
 Problem: a profile is of another machine, another version, another day.
-Source: recursive least squares with exponential forgetting (Plackett 1950), on relative errors.
+Source: recursive least squares with exponential forgetting (Plackett 1950), on relative errors,
+with a little ridge towards a prior (Hoerl and Kennard 1970).
 Rule: keep the normal equations of the affine model's features over measured seconds, each step's
 weight shrinking by ``1 - 1 / memory`` per step that follows; solve them, no price below 0, every so
-many steps.  Until there are enough steps, a prior model answers.
-Limits: what has not been seen is priced at nothing: a server that never had a long prompt
-believes that attention to prompts is free.
+many steps.  A price that is off the prior's by the larger of the two costs a thousandth of a step
+that is off by its own time, so what has not been seen keeps the prior's price.  Until there are
+enough steps, the prior answers.
+Limits: a price that the prior has at nothing stays there until it is seen; what is not affine shows
+in the error.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from penstock.core.forecast.latency.fit import features, non_negative_normal
 
 Floats: TypeAlias = NDArray[np.float64]
 _FEWEST = 20
+_RIDGE = 1e-3
 
 
 class OnlineAffine:
     """An affine model of the steps observed so far.
 
     Args:
-        prior: what answers until 20 steps have been observed.
+        prior: what answers until 20 steps have been observed, and whose prices hold for what none
+            of them had.
         memory: steps after which an observation weighs a third, at least 1.
         every: steps from one solution to the next.
 
@@ -53,6 +58,9 @@ class OnlineAffine:
         self._every = every
         self._matrix: Floats = np.zeros((5, 5))
         self._vector: Floats = np.zeros(5)
+        self._prior: Floats = np.array(
+            [prior.step, prior.token, prior.work, prior.request, prior.context]
+        )
         self._off = self._weight = 0.0
 
     @property
@@ -82,7 +90,14 @@ class OnlineAffine:
         if self.observed == _FEWEST or (
             self.observed > _FEWEST and self.observed % self._every == 0
         ):
-            self.model = Affine(*non_negative_normal(self._matrix, self._vector).tolist())
+            self.model = Affine(*self._solved().tolist())
+
+    def _solved(self) -> Floats:
+        size = np.maximum(self._prior, non_negative_normal(self._matrix, self._vector))
+        ridge = np.divide(_RIDGE, size**2, out=np.zeros(5), where=size > 0)
+        return non_negative_normal(
+            self._matrix + np.diag(ridge), self._vector + ridge * self._prior
+        )
 
     def seconds(self, load: StepLoad) -> float:
         """By the present prices."""
