@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from penstock.core.policies import presets
 from penstock.core.types import Capabilities
 from penstock.sim.layer_counts import depths, layers_of
 from penstock.sim.layer_table import LayerTable, TableError, read_layer_table
-from penstock.sim.measured import MeasuredError, MeasuredRequest, read_requests
+from penstock.sim.measured import MeasuredError, MeasuredRequest, places_seen, read_requests
 from penstock.sim.pipelined import Pipelined
 from penstock.sim.run import Job, run
 from penstock.sim.sources import OpenLoop
@@ -215,6 +216,13 @@ def test_a_bad_table_is_named(prefix: str, part: str, old: str, new: str, words:
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["moe", "linear_attention"])
+def test_kernels_that_would_be_left_out_are_refused(prefix: str, part: str) -> None:
+    Path(f"{prefix}_{part}.csv").touch()
+    with pytest.raises(TableError, match=f"card_tiny_tp1_{part}.csv: .* cannot be modelled"):
+        read_layer_table(prefix, LAYERS)
+
+
 def test_a_missing_table_is_named(prefix: str) -> None:
     Path(f"{prefix}_attention.csv.gz").unlink()
     with pytest.raises(TableError, match=r"card_tiny_tp1_attention.csv.gz: there is no such file"):
@@ -233,6 +241,7 @@ GOOD = {"input_toks": 5, "output_toks": 2, "queued_ts": 1.0, "first_token_ts": 2
         (json.dumps({**GOOD, "queued_ts": "x"}), "line 2: queued_ts is 'x'"),
         (json.dumps({**GOOD, "first_token_ts": 0.5}), "line 2: first_token_ts must lie between"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "input_toks"}), "input_toks is missing"),
+        (json.dumps({**GOOD, "last_token_ts": 1.0, "first_token_ts": 1.0}), "must take time"),
         (json.dumps({**GOOD, "input_toks": 5.5}), "line 2: input_toks is 5.5; .* whole number"),
         (json.dumps({**GOOD, "arrival_time": 7.0}), "line 2: arrival_time must be in all lines"),
     ],
@@ -273,6 +282,39 @@ def test_requests_came_when_their_clients_sent_them(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_the_server_was_is_read_beside_the_run(meta: dict[str, Any], server: Server) -> None:
     assert server_of(ServerOptions(9000), meta) == server
+
+
+@pytest.mark.parametrize("name", ["data_parallel_size", "pipeline_parallel_size"])
+def test_runs_of_several_engines_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 2; only runs of one engine"):
+        server_of(ServerOptions(9000), {"engine_kwargs": {name: 2}})
+    assert server_of(ServerOptions(9000), {"engine_kwargs": {name: 1}}) == Server(9000)
+
+
+def served(places: int, kv_tokens: int, steps: int = 200) -> list[MeasuredRequest]:
+    """Requests of a run whose stamps say when each was first planned."""
+    jobs = [Job(str(i), 0.1 * i, 300, 60 + 7 * i % 50, 110, request=i) for i in range(steps)]
+    machine = Capabilities(kv_tokens // 16, 16, places, 2048, kv_tokens)
+    model = Affine(step=0.05, token=0.0, work=0.0, request=0.0, context=0.0)
+    done = run(OpenLoop(jobs), machine, presets.build("vllm", watermark=1.0), model)
+    return [
+        MeasuredRequest(
+            r.job.arrival, 300, r.job.output, r.job.arrival + (r.latency.ttft or 0),
+            r.job.arrival + (r.latency.e2e or 0),
+            begun_at=r.job.arrival + (r.latency.ttft or 0) - 0.05,
+        )
+        for r in sorted(done.records, key=lambda record: record.job.arrival)
+    ]  # fmt: skip
+
+
+def test_places_are_seen_where_requests_wait_for_them() -> None:
+    assert places_seen(served(16, 100_000)) == 16
+    assert places_seen(served(16, 100_000)[:12]) is None, "nobody waited"
+    assert places_seen(served(64, 4_000)) is None, "they waited for memory"
+    requests = served(16, 100_000)
+    assert places_seen([*requests, replace(requests[0], begun_at=None)]) is None
+    assert server_of(ServerOptions(9000), {}, 16).max_batch == 16
+    assert server_of(ServerOptions(9000), {"engine_kwargs": {"max_num_seqs": 8}}, 16).max_batch == 8
 
 
 def test_what_is_said_counts_more_than_what_is_beside_the_run() -> None:

@@ -30,6 +30,7 @@ _TWICE = frozenset({"layernorm"})
 _MICRO = 1e-6
 # Of attention, in later versions of the profiler: the kernel, and tokens per decoding request.
 _OPTIONAL = ("layer", "decode_q_len")
+_UNKNOWN = {"moe": "mixtures of experts", "linear_attention": "linear attention"}
 
 _Row = TypeVar("_Row")
 Curve: TypeAlias = tuple[list[float], list[float]]
@@ -151,6 +152,7 @@ def read_layer_table(prefix: str, layers: int) -> LayerTable:
     Raises:
         TableError: a file is missing or cannot be used.
     """
+    _only_known(prefix)
     dense = _read(prefix, "dense", ("layer", "tokens"))
     sequences = _read(prefix, "per_sequence", ("layer", "sequences"))
     axes = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
@@ -162,6 +164,15 @@ def read_layer_table(prefix: str, layers: int) -> LayerTable:
         attention=_attention(attention, axes, prefix),
         layers=layers,
     )
+
+
+def _only_known(prefix: str) -> None:
+    """Refuse tables of kernels that would be left out."""
+    for part, what in _UNKNOWN.items():
+        for path in map(Path, (f"{prefix}_{part}.csv.gz", f"{prefix}_{part}.csv")):
+            if path.is_file():
+                msg = f"{path}: {what} cannot be modelled from tables of layers"
+                raise TableError(msg)
 
 
 def _read(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ import msgspec
 _SUFFIX = "_requests.jsonl"
 _COUNTS = ("input_toks", "output_toks")
 _STAMPS = ("queued_ts", "first_token_ts", "last_token_ts")
-_SENT = "arrival_time"
+_SELDOM = 0.01
+_SENT, _BEGUN = "arrival_time", "scheduled_ts"
 
 
 class MeasuredError(ValueError):
@@ -30,6 +34,7 @@ class MeasuredRequest:
         prompt, output: tokens.
         first_at, last_at: when its first and its last token came.
         line: of the run's file, from 1.
+        begun_at: when it was first planned; None if that is not known.
     """
 
     arrival: float
@@ -38,6 +43,7 @@ class MeasuredRequest:
     first_at: float
     last_at: float
     line: int = 0
+    begun_at: float | None = None
 
     @property
     def ttft(self) -> float:
@@ -93,6 +99,38 @@ def read_requests(path: Path) -> list[MeasuredRequest]:
     return sorted(requests, key=lambda request: request.arrival)
 
 
+def places_seen(requests: Sequence[MeasuredRequest]) -> int | None:
+    """How many requests the server took in at most, if that can be seen.
+
+    While requests wait for places, all places are taken; while they wait for memory, the number in
+    service varies.  So it is seen where most of the time that anyone waited passed with the same
+    number in service, and hardly any with more.
+
+    Args:
+        requests: the first ones of a run, in order of arrival.
+
+    Returns:
+        None if it cannot be seen, or nobody noted when requests were first planned.
+    """
+    moments: list[tuple[float, int, int]] = []
+    for request in requests:
+        if request.begun_at is None:
+            return None
+        begun = max(request.arrival, request.begun_at)
+        moments += [(request.arrival, 1, 0), (begun, -1, 1), (request.last_at, 0, -1)]
+    moments.sort(key=lambda moment: moment[0])
+    passed: dict[int, float] = defaultdict(float)
+    waiting = serving = 0
+    for (at, waits, serves), (until, _, _) in pairwise(moments):
+        waiting, serving = waiting + waits, serving + serves
+        if waiting:
+            passed[serving] += until - at
+    usual = max(passed, key=passed.__getitem__, default=0)
+    more = sum(time for serving, time in passed.items() if serving > usual)
+    known = passed[usual] > sum(passed.values()) / 2 and more < _SELDOM * passed[usual]
+    return usual if known else None
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """What is known of the run: ``..._meta.json`` beside its requests; empty if there is none.
 
@@ -122,8 +160,14 @@ def _row(line: bytes, where: str) -> tuple[MeasuredRequest, float | None]:
     if not queued <= first <= last:
         msg = f"{where}: first_token_ts must lie between queued_ts and last_token_ts"
         raise MeasuredError(msg)
-    sent = None if row.get(_SENT) is None else _number(row, _SENT, where)
-    return MeasuredRequest(queued, int(counts[0]), int(counts[1]), first, last), sent
+    if queued == last:
+        msg = f"{where}: last_token_ts is {last:g}, as queued_ts; a request must take time"
+        raise MeasuredError(msg)
+    sent, begun = (
+        None if row.get(name) is None else _number(row, name, where) for name in (_SENT, _BEGUN)
+    )
+    prompt, output = map(int, counts)
+    return MeasuredRequest(queued, prompt, output, first, last, begun_at=begun), sent
 
 
 def _number(row: dict[str, Any], name: str, where: str, least: float = -math.inf) -> float:
@@ -132,7 +176,8 @@ def _number(row: dict[str, Any], name: str, where: str, least: float = -math.inf
         raise MeasuredError(msg)
     value = row[name]
     kind = int if least > -math.inf else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < least:
         wanted = "a number" if least == -math.inf else f"a whole number of {least:g} or more"
         msg = f"{where}: {name} is {value!r}; it must be {wanted}"
         raise MeasuredError(msg)

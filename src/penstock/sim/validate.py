@@ -6,14 +6,15 @@ Rule: replay the run's requests through the production scheduler with preset ``v
 times from a profile of the model's layers and one constant of host time per step.  The constant is
 what makes the mean end-to-end time of the first requests right; the others are predicted.  With
 tensor parallelism a second constant stands for the all-reduce, which grows with the tokens of a
-step and is in no table of kernels: the one that explains the first requests best.
+step and is in no table of kernels: the one with which first and last tokens of the first requests
+come nearest.
 Limits: what vLLM does beyond scheduling and kernels (tokenizing, streaming) is in the constants.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,12 +29,15 @@ from penstock.sim.layer_table import LayerTable
 from penstock.sim.measured import MeasuredRequest
 from penstock.sim.pipelined import Pipelined
 from penstock.sim.run import Job, Run, run
+from penstock.sim.search import crossing, lowest
 from penstock.sim.sources import OpenLoop
 
 Floats = NDArray[np.float64]
-_LEAST_HOST, _MOST_HOST = 0.001, 0.5  # seconds per step, far beyond any server's
+_MOST_HOST = 0.5  # seconds per step, far beyond any server's
+_NEAR = (0.003, 0.002)
 _MOST_LINK = 5e-4  # seconds per token: 2,048 tokens take a second
-_PRECISE = 1e-6
+# Enough for host time in seconds, and for the mean end-to-end time as a share of itself.
+_PRECISE, _ROUGH = (1e-6, 1e-5), (2e-5, 2e-4)
 _FINE = 0.005
 
 
@@ -102,6 +106,8 @@ class Validation(msgspec.Struct, frozen=True):
         calibrated_on, predicted: numbers of requests.
         measured, simulated: mean ttft, tpot and e2e of the predicted requests.
         calibration: errors on the requests that were calibrated on.
+        misfit: of those: how far their first and last tokens are off, over the mean time to the
+            last.
         evictions: in the simulation.
     """
 
@@ -111,6 +117,7 @@ class Validation(msgspec.Struct, frozen=True):
     predicted: int
     errors: Errors
     calibration: Errors
+    misfit: float
     measured: dict[str, float]
     simulated: dict[str, float]
     evictions: int
@@ -143,76 +150,60 @@ def validate(
                 f"can never fit kv_tokens ({server.kv_tokens}) in blocks of {server.block_size}"
             )
             raise ValueError(msg)
+    trial = _Trial(requests, server, calibrate_on)
     if server.parallel == 1 or not isinstance(model, LayerTable):
-        return _with_host(requests, server, model, calibrate_on, _PRECISE)
+        return trial.with_host(model, _PRECISE)
     table = model
-
-    def misfit(link: float) -> float:
-        done = _with_host(requests, server, table.with_link(link), calibrate_on, 10 * _PRECISE)
-        return done.calibration.e2e_per_request
-
-    link = _lowest(misfit, _MOST_LINK)
-    done = _with_host(requests, server, table.with_link(link), calibrate_on, _PRECISE)
+    link = lowest(
+        lambda link: trial.with_host(table.with_link(link), _ROUGH).misfit,
+        _MOST_LINK,
+        _FINE * _MOST_LINK,
+    )
+    done = trial.with_host(table.with_link(link), _PRECISE)
     return msgspec.structs.replace(done, link=link)
 
 
-def _with_host(
-    requests: Sequence[MeasuredRequest],
-    server: Server,
-    model: Hosted,
-    calibrate_on: int,
-    precise: float,
-) -> Validation:
-    """The validation with the host time that makes the first requests' mean right."""
-    first, rest = slice(0, calibrate_on), slice(calibrate_on, None)
-    real = np.array([(r.ttft, r.tpot, r.e2e) for r in requests])
-    wanted = float(real[first, 2].mean())
+class _Trial:
+    """Replays of one run, with one latency model or another."""
 
-    def replayed(host: float) -> tuple[Floats, Run]:
-        done = _replay(requests, server, model.with_host(host))
-        return _times(done, len(requests)), done
+    def __init__(
+        self, requests: Sequence[MeasuredRequest], server: Server, calibrate_on: int
+    ) -> None:
+        self._requests, self._server = requests, server
+        self._first, self._rest = slice(0, calibrate_on), slice(calibrate_on, None)
+        self._real = np.array([(r.ttft, r.tpot, r.e2e) for r in requests])
+        self._near = _NEAR
 
-    def too_short(host: float) -> bool:
-        return float(replayed(host)[0][first, 2].mean()) < wanted
+    def with_host(self, model: Hosted, precise: tuple[float, float]) -> Validation:
+        """The validation with the host time that makes the first requests' mean right."""
+        first, rest, real = self._first, self._rest, self._real
+        wanted = float(real[first, 2].mean())
 
-    low, high = 0.0, _LEAST_HOST
-    if not too_short(low):
-        low, high = model.least_host, low
-    while too_short(high) and high < _MOST_HOST:
-        low, high = high, 2 * high
-    while high - low > precise:
-        middle = (low + high) / 2
-        low, high = (middle, high) if too_short(middle) else (low, middle)
-    times, done = replayed(low)
-    return Validation(
-        host=low,
-        link=0.0,
-        calibrated_on=calibrate_on,
-        predicted=len(requests) - calibrate_on,
-        errors=_errors(times[rest], real[rest]),
-        calibration=_errors(times[first], real[first]),
-        measured=_means(real[rest]),
-        simulated=_means(times[rest]),
-        evictions=done.evictions,
-    )
+        def replayed(host: float) -> tuple[Floats, Run]:
+            done = _replay(self._requests, self._server, model.with_host(host))
+            return _times(done, len(real)), done
 
-
-def _lowest(value: Callable[[float], float], most: float) -> float:
-    """Where a function with one valley is lowest in [0, most], by golden section."""
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = 0.0, most
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = value(left), value(right)
-    while high - low > _FINE * most:
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = value(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = value(right)
-    return (low + high) / 2
+        host = crossing(
+            lambda host: float(replayed(host)[0][first, 2].mean()) / wanted - 1,
+            (model.least_host, _MOST_HOST),
+            self._near,
+            precise,
+        )
+        self._near = (host, self._near[1])
+        times, done = replayed(host)
+        off = np.abs(times[first] - real[first])
+        return Validation(
+            host=host,
+            link=0.0,
+            calibrated_on=len(real[first]),
+            predicted=len(real[rest]),
+            errors=_errors(times[rest], real[rest]),
+            calibration=_errors(times[first], real[first]),
+            misfit=float(off[:, [0, 2]].mean()) / wanted,
+            measured=_means(real[rest]),
+            simulated=_means(times[rest]),
+            evictions=done.evictions,
+        )
 
 
 def _replay(requests: Sequence[MeasuredRequest], server: Server, model: LatencyModel) -> Run:
@@ -254,20 +245,16 @@ def _times(done: Run, count: int) -> Floats:
 
 
 def _errors(predicted: Floats, real: Floats) -> Errors:
-    """Not a number where nothing was measured, as TPOT of requests with one token."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ttft, tpot, e2e = _mean(predicted) / _mean(real) - 1
-        each = np.abs(predicted[:, 2] / real[:, 2] - 1).mean()
-    return Errors(float(ttft), float(tpot), float(e2e), float(each))
+    ttft, tpot, e2e = (_mean(p) / _mean(r) - 1 for p, r in zip(predicted.T, real.T, strict=True))
+    each = float(np.abs(predicted[:, 2] / real[:, 2] - 1).mean())
+    return Errors(ttft, tpot, e2e, each)
 
 
 def _means(times: Floats) -> dict[str, float]:
-    with np.errstate(invalid="ignore"):
-        return dict(zip(("ttft", "tpot", "e2e"), map(float, _mean(times)), strict=True))
+    return dict(zip(("ttft", "tpot", "e2e"), map(_mean, times.T), strict=True))
 
 
-def _mean(times: Floats) -> Floats:
-    """Of each column what is a number."""
-    there = ~np.isnan(times)
-    mean: Floats = np.where(there, times, 0.0).sum(axis=0) / there.sum(axis=0)
-    return mean
+def _mean(times: Floats) -> float:
+    """Of those that there are; not a number if there are none."""
+    known = times[~np.isnan(times)]
+    return float(known.mean()) if len(known) else math.nan

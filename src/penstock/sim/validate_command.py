@@ -16,7 +16,7 @@ from penstock.bench.result import machine
 from penstock.sim import profiles
 from penstock.sim.layer_counts import depths, layers_of
 from penstock.sim.layer_table import read_layer_table
-from penstock.sim.measured import MeasuredRequest, read_meta, read_requests
+from penstock.sim.measured import MeasuredRequest, places_seen, read_meta, read_requests
 from penstock.sim.validate import Hosted, Server, Validation, validate
 
 SCHEMA = 1
@@ -33,7 +33,8 @@ class ServerOptions:
     Attributes:
         kv_tokens: KV memory, in tokens.
         block_size: Tokens per KV block (16 if nobody says).
-        max_batch: Most requests in a step (vLLM's --max-num-seqs; 256 if nobody says).
+        max_batch: Most requests in a step (vLLM's --max-num-seqs; if nobody says, what the run
+            shows, else 256).
         prefill_budget: Most tokens in a step (--max-num-batched-tokens; 2048 if nobody says).
         parallel: GPUs that share each layer (--tensor-parallel-size; 1 if nobody says).
         depth: 2 if a step is planned while the one before it runs (--async-scheduling, vLLM's
@@ -79,7 +80,7 @@ def validate_command(
     """
     try:
         requests, meta = read_requests(run), read_meta(run)
-        machine_ = server_of(server, meta)
+        machine_ = server_of(server, meta, places_seen(requests[:calibrate_on]))
         model, layers = _model(profile, server, meta, run, (requests, machine_, calibrate_on))
         done = validate(requests, machine_, model, calibrate_on)
     except (ValueError, OSError) as error:
@@ -89,16 +90,26 @@ def validate_command(
     return 0
 
 
-def server_of(given: ServerOptions, meta: dict[str, Any]) -> Server:
+def server_of(given: ServerOptions, meta: dict[str, Any], places: int | None = None) -> Server:
     """The server that was measured: what the options say, else the run's meta, else vLLM's own.
 
+    Args:
+        given: the options.
+        meta: what is known of the run.
+        places: requests in a step at most, as the run shows.
+
     Raises:
-        ValueError: something is not the number that it must be.
+        ValueError: something is not the number that it must be, or cannot be replayed.
     """
     said = meta.get("engine_kwargs")
     known = said if isinstance(said, dict) else {}
     memory = meta.get("kv_cache")
     blocks = memory.get("block_size") if isinstance(memory, dict) else None
+
+    for name in ("data_parallel_size", "pipeline_parallel_size"):
+        if known.get(name) not in (None, 1):
+            msg = f"{name} is {known[name]!r}; only runs of one engine can be replayed, with 1"
+            raise ValueError(msg)
 
     def number(name: str, own: int | None, default: int) -> int:
         value = own if own is not None else known.get(name) or default
@@ -110,7 +121,7 @@ def server_of(given: ServerOptions, meta: dict[str, Any]) -> Server:
     return Server(
         kv_tokens=number("kv_tokens", given.kv_tokens, 0),
         block_size=number("block_size", given.block_size or blocks, _BLOCK),
-        max_batch=number("max_num_seqs", given.max_batch, _MAX_BATCH),
+        max_batch=number("max_num_seqs", given.max_batch, places or _MAX_BATCH),
         max_step_tokens=number("max_num_batched_tokens", given.prefill_budget, _STEP_TOKENS),
         parallel=number("tensor_parallel_size", given.parallel, 1),
         depth=given.depth or (2 if _plans_ahead(known, meta) else 1),
@@ -150,9 +161,7 @@ def _model(
         layers = min(
             depths(),
             key=lambda depth: (
-                (
-                    validate(*data[:2], read_layer_table(prefix, depth), data[2])
-                ).calibration.e2e_per_request
+                (validate(*data[:2], read_layer_table(prefix, depth), data[2])).misfit
             ),
         )
     if layers < 1:
