@@ -6,7 +6,8 @@ steps compares policies without any machine.
 Source: Past-Future (arXiv 2507.10150) and the simulator in its authors' artifact.  From the latter:
 all requests wait from the start; the history of past lengths begins with half a window of 512;
 outputs may exceed the cap that policies are told; numbers are taken until nobody waits any more;
-and its watermark looks at prompts alone, see :class:`PromptWatermark`.
+and who is admitted but does not fit is evicted at once, see :class:`PromptWatermark` and
+:class:`Overbooked`.
 
 Limits: the last batch, after nobody waits, says nothing about admission and is not counted, so
 ``decode_steps`` is less than the steps until all have finished.
@@ -23,7 +24,8 @@ import numpy as np
 from penstock.core.forecast.occupancy import peak
 from penstock.core.policies import presets
 from penstock.core.policies.admit.aggressive import Aggressive
-from penstock.core.policies.base import ADMIT, Answer, Defer, Judge, Policy
+from penstock.core.policies.admit.conservative import Conservative
+from penstock.core.policies.base import ADMIT, Admit, Answer, Defer, Judge, Policy
 from penstock.core.snapshot import Candidate, Ints, Snapshot
 from penstock.core.types import Ended, RequestId
 from penstock.sim.run import Run
@@ -101,6 +103,50 @@ class PromptWatermark:
         """Not for this policy."""
 
 
+@dataclass(frozen=True, slots=True)
+class Overbooked:
+    """Conservative admission as the artifact's simulator has it when caps are over-committed.
+
+    Problem, source and limits: as for :class:`PromptWatermark`.
+
+    Rule: whom the reservation admits is started even if there is no room for it and one token
+    more; then it is evicted at once, which counts as an eviction, once per pass.
+
+    Attributes:
+        reserve: the rule that admits.
+        bounced: by request, how often it was evicted at once.
+    """
+
+    reserve: Conservative
+    bounced: Counter[RequestId] = field(default_factory=Counter)
+
+    holds = 1  # it bounces again in the next pass
+
+    def judge(self, view: Snapshot) -> Judge:
+        """Open a pass."""
+        reserve = self.reserve.judge(view)
+        used = view.used
+
+        def answer(candidate: Candidate) -> Answer:
+            nonlocal used
+            said = reserve(candidate)
+            if not isinstance(said, Admit):
+                return said
+            used += candidate.tokens
+            if used + 1 > view.capacity:
+                self.bounced[candidate.request.id] += 1
+                return Defer(f"KV memory: {used + 1} tokens do not fit {view.capacity}")
+            return said
+
+        return answer
+
+    def observe(self, ended: Ended) -> None:
+        """Nothing to learn."""
+
+    def learn_true_length(self, request_id: str, length: int) -> None:
+        """Not for this policy."""
+
+
 def study_policy(preset: str, *, seed: int, period: int | None = None, **parameters: Any) -> Policy:
     """A preset as the study has it: with the artifact's cold start and watermark.
 
@@ -113,12 +159,14 @@ def study_policy(preset: str, *, seed: int, period: int | None = None, **paramet
     policy = presets.build(preset, seed=seed, period=period, **parameters)
     if isinstance(policy.admit, Aggressive):
         return replace(policy, admit=PromptWatermark(policy.admit.watermark))
+    if isinstance(policy.admit, Conservative) and policy.admit.over_commit > 1:
+        return replace(policy, admit=Overbooked(policy.admit))
     return policy
 
 
 def count_bounces(run: Run, policy: Policy) -> Run:
     """The run with those evicted at once among its evictions."""
-    if not isinstance(policy.admit, PromptWatermark) or not policy.admit.bounced:
+    if not isinstance(policy.admit, PromptWatermark | Overbooked) or not policy.admit.bounced:
         return run
     bounced = policy.admit.bounced
     records = [
