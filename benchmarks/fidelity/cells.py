@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,8 +24,16 @@ PRESETS: dict[str, dict[str, float]] = {
 SEED = 3
 MAX_BATCH, BLOCK, STEP_TOKENS = 64, 16, 96
 CALIBRATION_KV = 20_000
-CALIBRATION = ((1, 6), (2, 10), (4, 16), (8, 28), (16, 48), (32, 80))
-"""(clients, requests): closed loops one after another."""
+SHORT, LONG = ("uniform:8-100", "uniform:16-120"), ("uniform:100-1000", "uniform:8-150")
+CALIBRATION = (
+    (1, LONG), (16, SHORT), (2, LONG), (8, SHORT), (4, LONG), (32, SHORT), (8, LONG), (3, SHORT),
+    (16, LONG),
+)  # fmt: skip
+"""Closed loops of (clients, lengths of prompts and outputs).
+
+Short and long ones, since a price per request and one per token of context cannot be told apart
+where all contexts are alike.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class Load:
         lengths: the quantile fit, and the factor on it.
         clients, rate: a closed loop, or requests per second.
         kv_tokens: of the machine.
-        cap: what policies are told.
+        cap: what policies are told, and where outputs are cut.
+        ttft_steps: bound on TTFT, in typical decode steps.
     """
 
     name: str
@@ -45,12 +54,15 @@ class Load:
     requests: int
     kv_tokens: int
     cap: int
+    ttft_steps: int
     clients: int | None = None
     rate: float | None = None
 
     def workload(self) -> Workload:
-        """The requests."""
+        """The requests, their outputs cut at the cap."""
         made = fitted(self.lengths, self.requests, SEED).scaled(self.scale)
+        assert made.output is not None
+        made = replace(made, output=np.minimum(made.output, self.cap))
         if self.rate is not None:
             made = made.with_arrivals(poisson(len(made), self.rate, SEED))
         return made
@@ -62,8 +74,8 @@ class Load:
 
 
 LOADS = (
-    Load("sharegpt-o1 / 16, 16 clients", "sharegpt-o1", 1 / 16, 240, 2000, 450, clients=16),
-    Load("azure-conversation / 4, 10 req/s", "azure-conversation", 1 / 4, 300, 3200, 250, rate=10),
+    Load("sharegpt-o1 / 16, 16 clients", "sharegpt-o1", 1 / 16, 480, 2000, 450, 400, clients=16),
+    Load("azure / 4, 12 req/s", "azure-conversation", 1 / 4, 400, 3200, 250, 150, rate=12),
 )
 
 
@@ -88,21 +100,19 @@ def policy(preset: str) -> Policy:
 
 def calibration() -> list[tuple[Workload, int]]:
     """Requests and clients of the load on which step times are learned."""
-    made = []
-    for index, (clients, count) in enumerate(CALIBRATION):
-        lengths = Lengths.parse("uniform:8-600"), Lengths.parse("uniform:8-300")
-        made.append((synthetic(*lengths, count, 100 + index), clients))
-    return made
+    return [
+        (synthetic(Lengths.parse(prompt), Lengths.parse(output), 100, 100 + index), clients)
+        for index, (clients, (prompt, output)) in enumerate(CALIBRATION)
+    ]
 
 
 def check(sequence: Sequence[Load] = LOADS) -> None:
     """Refuse a load that its machine can never serve."""
     for load in sequence:
         made = load.workload()
-        assert made.output is not None
-        if made.output.max() > load.cap or made.prompt.max() + load.cap > load.kv_tokens:
+        if made.prompt.max() + load.cap > load.kv_tokens:
             msg = (
-                f"{load.name}: outputs to {made.output.max()}, prompts to {made.prompt.max()}; "
-                f"with cap {load.cap} they do not fit {load.kv_tokens} tokens"
+                f"{load.name}: prompts to {made.prompt.max()} with cap {load.cap} do not fit "
+                f"{load.kv_tokens} tokens"
             )
             raise ValueError(msg)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from beside import Beside
 
 from penstock.core.engine import Engine, Work
 from penstock.core.policies.base import Policy
@@ -34,8 +39,30 @@ class LiveRun:
     steps: list[StepRecord]
 
 
+class OtherWork:
+    """CPU time that went to anyone but this process, since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._own = time.process_time()
+        self._all = _busy_seconds()
+
+    def cores(self) -> float:
+        """In cores, the hypervisor's theft included."""
+        elapsed = time.perf_counter() - self._began
+        own = time.process_time() - self._own
+        return max(0.0, _busy_seconds() - self._all - own) / elapsed
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of the whole machine since it started: all but idle and waiting for a disk."""
+    first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+    user, nice, system, _idle, _wait, irq, soft, stolen = map(int, first)
+    return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
 class _Clock:
-    """Seconds since it was made."""
+    """Seconds since it was made, but for those in which it was stopped."""
 
     def __init__(self) -> None:
         self._zero = time.perf_counter()
@@ -43,35 +70,55 @@ class _Clock:
     def __call__(self) -> float:
         return time.perf_counter() - self._zero
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time does not pass."""
+        began = time.perf_counter()
+        yield
+        self._zero += time.perf_counter() - began
+
 
 def live(
-    source: Source, engine: Engine, policy: Policy, prompts: Sequence[Sequence[int]]
+    source: Source,
+    engine: Engine,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    beside: Beside,
 ) -> LiveRun:
     """Serve until the source is dry.
 
     Args:
         engine: whose plan numbers begin at 1.
         prompts: token ids by request.
+        beside: gets its slices of time, in which the clock of this run stands still.
     """
     steps: list[StepRecord] = []
-    recording = RecordingEngine(engine, steps.append)
     scheduler = Scheduler(engine.capabilities, policy)
     gc.collect()
     gc.freeze()
+    beside.begin()
     clock = _Clock()
+    recording = RecordingEngine(engine, steps.append, clock)
     runtime = Runtime(scheduler, recording, clock)
-    records = _loop(source, runtime, clock, prompts)
+    records = _loop(source, runtime, clock, prompts, beside)
     seconds = clock()
     gc.unfreeze()
     return LiveRun(records, seconds, scheduler.evictions, steps)
 
 
 def _loop(
-    source: Source, runtime: Runtime, clock: _Clock, prompts: Sequence[Sequence[int]]
+    source: Source,
+    runtime: Runtime,
+    clock: _Clock,
+    prompts: Sequence[Sequence[int]],
+    beside: Beside,
 ) -> list[Record]:
     open_jobs: dict[RequestId, tuple[Job, Track]] = {}
     records: list[Record] = []
     while True:
+        if beside.due(clock()):
+            with clock.stopped():
+                beside.slice(clock())
         for job in source.due(clock()):
             request = Request(job.id, job.prompt, job.cap, job.arrival, job.slo, job.slo_class)
             runtime.add(request, Work(prompts[job.request], trace_length=job.output))

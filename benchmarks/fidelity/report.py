@@ -1,7 +1,8 @@
-"""From measured rounds to a table."""
+"""From measured rounds to tables."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,26 +10,28 @@ from typing import Any
 import msgspec
 
 METRICS = ("goodput", "throughput", "ttft_p50", "ttft_p99", "gap_p99")
+NAMES = (*METRICS, "evicted")
 BOUND, EVICTION_BOUND = 0.05, 0.02
 
 
-def error(row: dict[str, Any], name: str) -> float:
+def error(row: dict[str, Any], name: str, side: str = "sim") -> float:
     """Signed: relative, or in points for evictions."""
-    seen, said = row["live"][name], row["sim"][name]
+    seen, said = row["live"][name], row[side][name]
     if name == "evicted":
         return float(said - seen)
     return float(said / seen - 1) if seen else float("nan")
 
 
 def line(row: dict[str, Any]) -> str:
-    """A cell as it is measured."""
+    """A cell as it is compared."""
     parts = [f"{name} {row['live'][name]:.4g} ({error(row, name):+.1%})" for name in METRICS]
     parts.append(f"evicted {row['live']['evicted']:.1%} ({error(row, 'evicted'):+.1%})")
     return (
-        f"{row['load']}, {row['preset']}: " + ", ".join(parts)
-        + f"; steps {row['steps']}, step error {row['step_error']:.1%},"
-        f" sum {row['time_error']:+.1%}"
-    )  # fmt: skip
+        f"{row['load']}, {row['preset']}: "
+        + ", ".join(parts)
+        + f"; steps {row['steps']}, sum {row['time_error']:+.1%}, slowness"
+        f" {row['slowness'][0]:.2f} to {row['slowness'][1]:.2f}"
+    )
 
 
 def write(path: Path, out: Path) -> None:
@@ -36,38 +39,37 @@ def write(path: Path, out: Path) -> None:
     rounds: list[dict[str, Any]] = [
         msgspec.json.decode(text) for text in path.read_bytes().splitlines()
     ]
-    first = rounds[0]
-    table = [_row([one["cells"][i] for one in rounds]) for i in range(len(first["cells"]))]
+    table = [_row([one["cells"][i] for one in rounds]) for i in range(len(rounds[0]["cells"]))]
+    same = ("command", "commit", "processor", "cpus", "python", "platform", "model", "threads")
     data = {
         "rounds": len(rounds),
-        **{
-            key: first[key]
-            for key in ("command", "commit", "model", "threads", "cpu")
-            if key in first
-        },
+        "machine": {key: rounds[-1][key] for key in same if key in rounds[-1]},
         "profiles": [one["profile"] for one in rounds],
         "errors_held_out": [one["error_held_out"] for one in rounds],
         "cells": table,
     }
-    (out / "results.json").write_bytes(
-        msgspec.json.format(msgspec.json.encode(data), indent=1) + b"\n"
-    )
+    text = msgspec.json.format(msgspec.json.encode(data), indent=1)
+    (out / "results.json").write_bytes(text + b"\n")
     (out / "results.md").write_text(_markdown(rounds, table), encoding="utf-8")
 
 
 def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A cell over all rounds: medians of what was seen and said, and of the errors."""
-    names = (*METRICS, "evicted")
+
+    def each(pick: Callable[[str], float]) -> dict[str, float]:
+        return {name: pick(name) for name in NAMES}
+
     return {
         "load": rows[0]["load"],
         "preset": rows[0]["preset"],
-        "live": {name: median(row["live"][name] for row in rows) for name in names},
-        "sim": {name: median(row["sim"][name] for row in rows) for name in names},
-        "error": {name: median(error(row, name) for row in rows) for name in names},
-        "errors": {name: [error(row, name) for row in rows] for name in names},
-        "spread": {name: _spread([row["live"][name] for row in rows]) for name in names},
-        "step_error": median(row["step_error"] for row in rows),
+        "live": each(lambda name: median(row["live"][name] for row in rows)),
+        "sim": each(lambda name: median(row["sim"][name] for row in rows)),
+        "error": each(lambda name: median(error(row, name) for row in rows)),
+        "steady_error": each(lambda name: median(error(row, name, "sim_steady") for row in rows)),
+        "spread": each(lambda name: _spread([row["live"][name] for row in rows])),
+        "errors": {name: [error(row, name) for row in rows] for name in NAMES},
         "time_error": median(row["time_error"] for row in rows),
+        "host_share": median(row["host_share"] for row in rows),
     }
 
 
@@ -77,31 +79,40 @@ def _spread(values: list[float]) -> float:
 
 
 def _markdown(rounds: list[dict[str, Any]], table: list[dict[str, Any]]) -> str:
-    names = (*METRICS, "evicted")
+    held = median(one["error_held_out"] for one in rounds)
+    within = sum(
+        abs(row["error"][name]) <= (EVICTION_BOUND if name == "evicted" else BOUND)
+        for row in table
+        for name in NAMES
+    )
     text = [
         f"Medians of {len(rounds)} rounds: live, then the simulator's error (evictions: points),",
-        "and in brackets the errors of all rounds. Times in seconds.",
+        f"and in brackets the errors of all rounds. {within} of {len(table) * len(NAMES)} medians",
+        f"are within {BOUND:.0%} (evictions {100 * EVICTION_BOUND:.0f} points). Times in seconds.",
+        f"Mean error of the step times on slices that were held out: {held:.1%} (median round).",
         "",
-        "| load | preset | " + " | ".join(names) + " |",
-        "| --- | --- |" + " --- |" * len(names),
+        *_table(table, _with_errors),
+        "",
+        "The same with one speed for a whole cell, its mean:",
+        "",
+        *_table(table, lambda row, name: f"{row['steady_error'][name]:+.1%}"),
+        "",
+        "How far the live engine differs from itself between rounds (largest / smallest - 1):",
+        "",
+        *_table(table, lambda row, name: f"{row['spread'][name]:.1%}"),
     ]
-    for row in table:
-        cells = []
-        for name in names:
-            marks = ", ".join(f"{e:+.1%}" for e in row["errors"][name])
-            live = f"{row['live'][name]:.1%}" if name == "evicted" else f"{row['live'][name]:.4g}"
-            cells.append(f"{live}, {row['error'][name]:+.1%} ({marks})")
-        text.append(f"| {row['load']} | {row['preset']} | " + " | ".join(cells) + " |")
-    text += [
-        "",
-        "How far the same live measurement differs between rounds (largest / smallest - 1):",
-        "",
-        "| load | preset | " + " | ".join(names) + " |",
-        "| --- | --- |" + " --- |" * len(names),
-    ]
-    text += [
-        f"| {row['load']} | {row['preset']} | "
-        + " | ".join(f"{row['spread'][name]:.1%}" for name in names) + " |"
-        for row in table
-    ]  # fmt: skip
     return "\n".join(text) + "\n"
+
+
+def _with_errors(row: dict[str, Any], name: str) -> str:
+    marks = ", ".join(f"{e:+.1%}" for e in row["errors"][name])
+    live = f"{row['live'][name]:.1%}" if name == "evicted" else f"{row['live'][name]:.4g}"
+    return f"{live}, {row['error'][name]:+.1%} ({marks})"
+
+
+def _table(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any], str], str]) -> list[str]:
+    lines = ["| load | preset | " + " | ".join(NAMES) + " |", "| --- " * (len(NAMES) + 2) + "|"]
+    for row in rows:
+        cells = " | ".join(cell(row, name) for name in NAMES)
+        lines.append(f"| {row['load']} | {row['preset']} | {cells} |")
+    return lines

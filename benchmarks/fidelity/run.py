@@ -5,11 +5,9 @@ python benchmarks/fidelity/run.py --rounds 3
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cyclopts
@@ -19,25 +17,25 @@ from penstock.bench.goodput import summarize
 from penstock.bench.local import revision
 from penstock.bench.result import machine
 from penstock.core.engine import Engine
-from penstock.core.forecast.latency.affine import Affine
 from penstock.core.forecast.latency.base import LatencyModel, StepLoad
-from penstock.core.forecast.latency.fit import Sample, fit_affine, mape
-from penstock.core.types import SLO
+from penstock.core.forecast.latency.fit import Sample
+from penstock.core.types import SLO, Capabilities
 from penstock.engine import NativeEngine
 from penstock.sim.outcome import attempt_of
-from penstock.sim.profiling.steps import samples_of, split
+from penstock.sim.profiling.steps import samples_of
 from penstock.sim.recording import StepRecord
-from penstock.sim.run import Record
+from penstock.sim.run import Record, Source
 from penstock.sim.run import run as simulate
-from penstock.sim.sources import ClosedLoop
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cells
 import report
-from live import live
+from beside import Beside, Course, Learned, Slice, learn
+from live import LiveRun, OtherWork, live
 
 ROOT = Path(__file__).resolve().parents[2]
-TTFT_STEPS, GAP_STEPS = 200, 13  # as in benchmarks/past_future_live
+WARM_UP = 90  # slices
+GAP_STEPS = 13  # as in benchmarks/past_future_live
 TYPICAL = StepLoad(decoding=16, context=16 * 100, longest=100)
 
 
@@ -51,7 +49,7 @@ def main(
     """Measure, predict, and write both down; rounds add to those of an earlier call.
 
     Args:
-        rounds: each learns the step times anew, and then measures every cell once.
+        rounds: each measures every cell once, and learns step times before and after each.
         out: where results go.
         model: what the live engine runs.
         threads: CPU threads of the engine.
@@ -67,7 +65,7 @@ def main(
 
 
 def one_round(model: str, threads: int) -> dict[str, object]:
-    """Learn step times, then measure and predict every cell."""
+    """Measure and predict every cell."""
 
     def engine(kv_tokens: int) -> Engine:
         return NativeEngine.load(
@@ -76,17 +74,17 @@ def one_round(model: str, threads: int) -> dict[str, object]:
         )  # fmt: skip
 
     began = time.time()
-    steps = calibrate(lambda: engine(cells.CALIBRATION_KV))
-    fitted, held_out = split(samples_of(steps))
-    latency = fit_affine(fitted)
-    step = latency.seconds(TYPICAL)
-    slo = SLO(ttft=TTFT_STEPS * step, gap=GAP_STEPS * step)
-    print(f"step times: {latency}\nerror {mape(latency, held_out):.1%} on held-out steps")
-    rows = [
-        cell(load, preset, engine(load.kv_tokens), latency, slo)
+    beside = Beside(lambda: engine(cells.CALIBRATION_KV))
+    for _ in range(WARM_UP):
+        beside.slice(0.0)
+    measured = [
+        measure(load, preset, engine(load.kv_tokens), beside)
         for load in cells.LOADS
         for preset in cells.PRESETS
     ]
+    learned = learn([one.slices for one in measured])
+    print(f"{learned.model}\nerror {learned.held_out:.1%} on held-out slices", flush=True)
+    rows = [compare(one, learned, index) for index, one in enumerate(measured)]
     return {
         "when": round(began),
         "command": " ".join(["python", *sys.argv]),
@@ -94,54 +92,69 @@ def one_round(model: str, threads: int) -> dict[str, object]:
         **machine(),
         "model": model,
         "threads": threads,
-        "profile": asdict(latency),
-        "steps": len(steps),
-        "error_fitted": mape(latency, fitted),
-        "error_held_out": mape(latency, held_out),
-        "host_share": host_share(steps),
-        "slo": {"ttft": slo.ttft, "gap": slo.gap},
-        "load_average": os.getloadavg()[0],
+        "profile": asdict(learned.model),
+        "error_held_out": learned.held_out,
         "cells": rows,
     }
 
 
-def calibrate(engine: Callable[[], Engine]) -> list[StepRecord]:
-    """Steps of the other load, after a first loop that is thrown away."""
-    loops = cells.calibration()
-    steps: list[StepRecord] = []
-    for index, (workload, clients) in enumerate([loops[2], *loops]):
-        source = ClosedLoop(cells.jobs(workload, 300, SLO()), clients)
-        fresh = engine()
-        done = live(source, fresh, cells.policy("vllm"), cells.prompts_of(workload))
-        fresh.close()
-        if index:
-            steps += done.steps
-    return steps
+def slo_of(load: cells.Load, step: float) -> SLO:
+    """Bounds, from the seconds of a typical decode step."""
+    return SLO(ttft=load.ttft_steps * step, gap=GAP_STEPS * step)
 
 
-def cell(
-    load: cells.Load, preset: str, engine: Engine, latency: LatencyModel, slo: SLO
-) -> dict[str, object]:
-    """Measure and predict one scheduler on one load."""
+@dataclass(frozen=True)
+class Measured:
+    """A cell, live; ``others`` is the CPU that other processes took meanwhile, in cores."""
+
+    load: cells.Load
+    preset: str
+    run: LiveRun
+    slices: list[Slice]
+    capabilities: Capabilities
+    others: float
+
+
+def measure(load: cells.Load, preset: str, engine: Engine, beside: Beside) -> Measured:
+    """One scheduler on one load, live."""
     workload = load.workload()
-    measured = live(
-        load.source(workload, slo), engine, cells.policy(preset), cells.prompts_of(workload)
-    )
+    policy, prompts = cells.policy(preset), cells.prompts_of(workload)
+    meter = OtherWork()
+    done = live(load.source(workload, SLO()), engine, policy, prompts, beside)
+    others = meter.cores()
     engine.close()
-    predicted = simulate(
-        load.source(workload, slo), engine.capabilities, cells.policy(preset), latency
+    print(
+        f"{load.name}, {preset}: {done.seconds:.1f} s; others took {others:.2f} cores", flush=True
     )
-    seen = numbers(measured.records, measured.seconds, measured.evictions)
-    said = numbers(predicted.records, predicted.seconds, predicted.evictions)
-    samples = samples_of(measured.steps)
+    return Measured(load, preset, done, beside.slices, engine.capabilities, others)
+
+
+def compare(one: Measured, learned: Learned, index: int) -> dict[str, object]:
+    """Predict a cell, on the machine's course and at its mean speed, and put all side by side."""
+    load, done = one.load, one.run
+    mean = learned.at_mean_speed(index)
+    slo = slo_of(load, mean.seconds(TYPICAL))
+
+    def source() -> Source:
+        return load.source(load.workload(), slo)
+
+    course = Course(learned, index, source())
+    made = simulate(course, one.capabilities, cells.policy(one.preset), course)
+    steady = simulate(source(), one.capabilities, cells.policy(one.preset), mean)
+    bounded = [record._replace(job=record.job._replace(slo=slo)) for record in done.records]
+    slowness = learned.courses[index][1]
     row: dict[str, object] = {
         "load": load.name,
-        "preset": preset,
-        "live": seen,
-        "sim": said,
-        "steps": [len(measured.steps), predicted.steps],
-        "step_error": mape(latency, samples),
-        "time_error": time_error(latency, samples),
+        "preset": one.preset,
+        "live": numbers(bounded, done.seconds, done.evictions),
+        "sim": numbers(made.records, made.seconds, made.evictions),
+        "sim_steady": numbers(steady.records, steady.seconds, steady.evictions),
+        "slowness": [float(slowness.min()), float(slowness.max())],
+        "slo": {"ttft": slo.ttft, "gap": slo.gap},
+        "steps": [len(done.steps), made.steps],
+        "time_error": time_error(mean, samples_of(done.steps)),
+        "host_share": host_share(done.steps),
+        "others": round(one.others, 3),
     }
     print(report.line(row), flush=True)
     return row
@@ -174,11 +187,6 @@ def host_share(steps: list[StepRecord]) -> float:
     """Share of time that the host takes between the engine's steps."""
     pairs = [(step.host, step.seconds) for step in steps if step.host is not None]
     return sum(host for host, _ in pairs) / sum(host + seconds for host, seconds in pairs)
-
-
-def profile_of(data: dict[str, float]) -> Affine:
-    """A round's profile, to predict with it again."""
-    return Affine(**data)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from penstock.core.forecast.latency.base import LatencyModel, StepLoad
 from penstock.core.forecast.latency.bilinear import Bilinear
 from penstock.core.forecast.latency.lookup import LookUpTable
 from penstock.core.forecast.latency.online import OnlineAffine
+from penstock.core.forecast.latency.tiles import Tiles
 from penstock.sim import profiles
 from penstock.sim.layer_table import read_layer_table
 from tests.conformance.latency_kit import check_latency_model
@@ -37,6 +38,7 @@ def look_up() -> LookUpTable:
 MODELS: dict[str, Callable[[], LatencyModel]] = {
     "affine": lambda: AFFINE,
     "roofline": lambda: profiles.load("llama-2-7b/a100-80g"),
+    "tiles": lambda: Tiles(16, 5e-4, 1e-3, 1e-5, 1e-7, 1e-4, 5e-7, 3e-4),
     "bilinear": lambda: Bilinear((1e-7, 1e-4, 1e-6, 0.01), (1e-7, 1e-4, 1e-6, 0.01)),
     "look-up": look_up,
     "online": online,

@@ -11,6 +11,7 @@ from penstock.core.forecast.latency.bilinear import Bilinear
 from penstock.core.forecast.latency.fit import Sample, fit_affine, mape
 from penstock.core.forecast.latency.lookup import LookUpTable
 from penstock.core.forecast.latency.online import OnlineAffine
+from penstock.core.forecast.latency.tiles import Tiles, fit_steps, fit_tiles
 
 TRUTH = Affine(step=0.008, token=4e-5, work=3e-9, request=1e-4, context=2e-7)
 
@@ -39,6 +40,30 @@ def test_a_few_steps_that_were_interrupted_do_not_count() -> None:
     data = steps(300, 4)
     data[::30] = [Sample(load, 20 * seconds) for load, seconds in data[::30]]
     assert mape(fit_affine(data), steps(100, 5)) < 0.01
+
+
+def test_tiles_are_found_where_there_are_some_and_only_there() -> None:
+    truth = Tiles(16, 6e-4, 1e-3, 1e-5, 1e-7, 3e-5, 5e-7, 3e-4)
+    rng = np.random.default_rng(8)
+    tiled = [
+        Sample(load, truth.seconds(load) * float(rng.lognormal(0, 0.01)))
+        for load, _ in steps(2000, 9)
+        if load.prefill < 100
+    ]
+    found = fit_steps(tiled)
+    assert isinstance(found, Tiles)
+    assert found.rows == 16
+    assert mape(found, [Sample(load, truth.seconds(load)) for load, _ in steps(100, 10)]) < 0.015
+    assert isinstance(fit_steps(steps(500, 11, noise=0.03)), Affine)
+
+
+def test_bad_tiles_are_named() -> None:
+    with pytest.raises(ValueError, match=r"latency\.tile is -1"):
+        Tiles(16, -1, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"latency\.rows is 0\.5; it must be 1 token or more"):
+        Tiles(0.5, 1, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="rows is empty"):
+        fit_tiles(steps(10, 12), ())
 
 
 @pytest.mark.parametrize("bad", [[], [Sample(StepLoad(1, 1), 0.0)]])

@@ -11,9 +11,10 @@ import pytest
 from penstock.cli import app
 from penstock.core.forecast.latency.affine import Affine
 from penstock.core.forecast.latency.base import StepLoad
+from penstock.core.forecast.latency.tiles import Tiles
 from penstock.sim import profiles
 from penstock.sim.profiling.steps import samples_of, split
-from penstock.sim.recording import StepRecord
+from penstock.sim.recording import StepFile, StepRecord
 
 TRUTH = Affine(step=2e-3, token=1e-4, work=2e-8, request=3e-4, context=1e-6)
 
@@ -49,6 +50,26 @@ def test_recorded_steps_become_a_profile(
     assert made.coefficients["step"] == pytest.approx(TRUTH.step, rel=0.01)
     assert made.error == {"held_out_mape": 0.0}
     assert isinstance(profiles.load(str(out)), Affine)
+
+
+def test_steps_in_tiles_become_a_profile_with_tiles(tmp_path: Path) -> None:
+    truth = Tiles(16, 6e-4, 1e-3, 0.0, 1e-7, 3e-5, 5e-7, 3e-4)
+    steps, out = tmp_path / "steps.jsonl", tmp_path / "mine.json"
+    file = StepFile(steps)
+    for i in range(600):
+        decoding, prefill = 1 + i % 40, 31 * i % 97
+        work = float(prefill * (7 * i % 500))
+        load = StepLoad(decoding, decoding * (1 + 17 * i % 900), prefill, work, int(prefill > 0))
+        file.add(StepRecord(load, truth.seconds(load), 0.0))
+    file.close()
+    with pytest.raises(SystemExit) as left:
+        app(["profile", str(out), "--steps", str(steps)])
+    assert left.value.code in {None, 0}
+    made = profiles.load(str(out))
+    assert isinstance(made, Tiles)
+    assert made.rows == 16
+    load = StepLoad(33, 9000, 20, 4000, 1)
+    assert made.seconds(load) == pytest.approx(truth.seconds(load), rel=0.01)
 
 
 def test_too_few_steps_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,13 @@ import msgspec
 from penstock.core.forecast.latency.affine import Affine
 from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.forecast.latency.roofline import Roofline
+from penstock.core.forecast.latency.tiles import Tiles
 
-KINDS: dict[str, type[Affine | Roofline]] = {"affine": Affine, "roofline": Roofline}
+KINDS: dict[str, type[Affine | Roofline | Tiles]] = {
+    "affine": Affine,
+    "roofline": Roofline,
+    "tiles": Tiles,
+}
 """Latency models that a profile can hold the coefficients of."""
 
 _SUFFIX = ".json"

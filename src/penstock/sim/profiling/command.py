@@ -14,7 +14,8 @@ from penstock.bench.client import Target
 from penstock.bench.command import first_model
 from penstock.bench.drive import HookError
 from penstock.core.forecast.latency.affine import Affine
-from penstock.core.forecast.latency.fit import fit_affine, mape
+from penstock.core.forecast.latency.fit import mape
+from penstock.core.forecast.latency.tiles import Tiles, fit_steps
 from penstock.sim.profiles import Profile
 from penstock.sim.profiling.endpoint import Grid, Profiled, run_profile
 from penstock.sim.profiling.probes import Probe, ProbeError
@@ -98,7 +99,7 @@ def _from_steps(out: Path, steps: Path, title: str) -> int:
         msg = f"--steps {steps}: it has {len(recorded)} steps; at least {_FEWEST_STEPS} are needed"
         raise ValueError(msg)
     fitted, held_out = split(samples_of(recorded))
-    model = fit_affine(fitted)
+    model = fit_steps(fitted)
     words = [
         ("steps", f"{len(fitted)} fitted, {len(held_out)} held out"),
         ("error, fitted steps", f"{mape(model, fitted):.1%}"),
@@ -143,7 +144,7 @@ def _endpoint_words(done: Profiled) -> list[tuple[str, str]]:
 def _write(
     out: Path,
     title: str,
-    model: Affine,
+    model: Affine | Tiles,
     source: str,
     error: float,
     words: Sequence[tuple[str, str]],
@@ -155,7 +156,7 @@ def _write(
     made = Profile(
         name=title,
         title=title,
-        kind="affine",
+        kind="tiles" if isinstance(model, Tiles) else "affine",
         coefficients={name: float(f"{value:.5g}") for name, value in asdict(model).items()},
         source=source,
         error={"held_out_mape": round(error, 4)},
@@ -173,8 +174,15 @@ def _write(
     return 0
 
 
-def _prices(model: Affine) -> list[tuple[str, str]]:
+def _prices(model: Affine | Tiles) -> list[tuple[str, str]]:
+    tiles = []
+    if isinstance(model, Tiles):
+        tiles = [
+            (f"{model.rows:g} tokens, or fewer", f"{1e6 * model.tile:.1f} us"),
+            ("a chunk of a prompt", f"{1e6 * model.chunk:.1f} us"),
+        ]
     return [
+        *tiles,
         ("a step", f"{1e3 * model.step:.3f} ms"),
         ("a decoding request", f"{1e6 * model.request:.1f} us"),
         ("a prompt token", f"{1e6 * model.token:.2f} us"),
