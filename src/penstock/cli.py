@@ -83,6 +83,20 @@ def presets() -> None:
 
 
 @app.command
+def profiles() -> None:
+    """List the step-time profiles that come with Penstock: machine, error, source."""
+    from penstock.sim.profiles import find, names
+
+    for name in names():
+        profile = find(name)
+        of = f" (of {profile.error['of']})" if "of" in profile.error else ""
+        print(f"{name}: {profile.title}")
+        print(f"  off by {float(profile.error['held_out_mape']):.1%} on held-out steps{of}")
+        print(f"  {profile.source}")
+        print(f"  {profile.note}")
+
+
+@app.command
 def version() -> None:
     """Print the version."""
     print(__version__)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from penstock.cli import app
 from penstock.core.forecast.latency.affine import Affine
 from penstock.core.forecast.latency.base import StepLoad
 from penstock.sim import profiles
+from penstock.sim.layer_table import TableError, read_layer_table
 from penstock.sim.profiles import Profile, ProfileError
+from tests.sim.test_validate import write_tables
 
 OWN = Profile(
     name="mine",
@@ -91,3 +94,24 @@ def test_what_cannot_be_used(kind: str, coefficients: dict[str, float], words: s
     bad = Profile(name="bad", title="", kind=kind, coefficients=coefficients, source="", error={})
     with pytest.raises(ProfileError, match=words):
         bad.model()
+
+
+def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        app(["profiles"])
+    assert not left.value.code
+    out = capsys.readouterr().out
+    for name in profiles.names():
+        assert f"{name}: {profiles.find(name).title}" in out
+    assert "derived, not measured" in out
+
+
+def test_a_table_of_layer_times_is_a_profile_too(tmp_path: Path) -> None:
+    prefix = write_tables(tmp_path)
+    table = read_layer_table(prefix, 32)
+    assert profiles.load(f"llmservingsim:{prefix}@32") == table
+    for wrong in ("", "@", "@x", "@0"):
+        with pytest.raises(ProfileError, match="PREFIX@LAYERS"):
+            profiles.load(f"llmservingsim:{prefix}{wrong}")
+    with pytest.raises(TableError, match=r"nowhere_dense.csv.gz: there is no such file"):
+        profiles.load("llmservingsim:nowhere@32")

@@ -20,7 +20,6 @@ from penstock.sim.measured import MeasuredRequest, places_seen, read_meta, read_
 from penstock.sim.validate import Hosted, Server, Validation, validate
 
 SCHEMA = 1
-_TABLE = "llmservingsim:"
 _ASYNC_SINCE = (0, 14)
 _BLOCK, _MAX_BATCH, _STEP_TOKENS = 16, 256, 2048  # vLLM's own defaults
 
@@ -147,13 +146,13 @@ def _model(
     data: tuple[list[MeasuredRequest], Server, int],
 ) -> tuple[Hosted, int | None]:
     """The latency model, and the layers if it is a table's."""
-    if not profile.startswith(_TABLE):
+    if not profile.startswith(profiles.TABLE):
         model = profiles.load(profile)
         if not hasattr(model, "with_host"):
             msg = f"profile {profile}: its kind has no host time to calibrate; use a roofline"
             raise ValueError(msg)
         return model, None  # type: ignore[return-value]  # hasattr has just said so
-    prefix = profile.removeprefix(_TABLE)
+    prefix = profile.removeprefix(profiles.TABLE)
     layers = given.layers
     for text in (str(meta.get("model", "")), run.name, Path(prefix).name):
         layers = layers or layers_of(text)

@@ -26,6 +26,9 @@ KINDS: dict[str, type[Affine | Roofline | Tiles]] = {
 }
 """Latency models that a profile can hold the coefficients of."""
 
+TABLE = "llmservingsim:"
+"""What stands before the prefix of a table of layer times, in place of a profile's name."""
+
 _SUFFIX = ".json"
 
 
@@ -107,12 +110,34 @@ def find(name: str) -> Profile:
 
 
 def load(name: str) -> LatencyModel:
-    """The latency model of :func:`find`'s profile.
+    """The latency model of :func:`find`'s profile, or a table of layer times.
+
+    Args:
+        name: see there; or ``llmservingsim:PREFIX`` or ``llmservingsim:PREFIX@LAYERS`` for the
+            files of :func:`penstock.sim.layer_table.read_layer_table`, without host time.
 
     Raises:
-        ProfileError: see there and :meth:`Profile.model`.
+        ProfileError: see there and :meth:`Profile.model`; or nothing says the model's depth.
+        TableError: a file of the table is missing or cannot be used.
     """
+    if name.startswith(TABLE):
+        return _table(name.removeprefix(TABLE))
     return find(name).model()
+
+
+def _table(text: str) -> LatencyModel:
+    from penstock.sim.layer_counts import layers_of
+    from penstock.sim.layer_table import read_layer_table
+
+    prefix, _, said = text.partition("@")
+    layers = layers_of(Path(prefix).name) if not said else int(said) if said.isdecimal() else 0
+    if not layers:
+        msg = (
+            f"profile is '{TABLE}{text}'; how many layers the model has is not known by its "
+            f"name: write {TABLE}PREFIX@LAYERS"
+        )
+        raise ProfileError(msg)
+    return read_layer_table(prefix, layers)
 
 
 def _read(text: bytes, name: str) -> Profile:
