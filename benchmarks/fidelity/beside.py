@@ -29,7 +29,7 @@ from penstock.sim.run import Job, Source
 
 Floats: TypeAlias = NDArray[np.float64]
 
-EVERY, FOR = 0.3, 0.1  # seconds of the cell between two slices, and seconds of a slice
+EVERY, FOR = 0.5, 0.15  # seconds of the cell between two slices, and seconds of a slice
 COLD = 5  # steps of a slice that find the caches full of other things: up to 30 % slower
 _HELD_OUT = 5
 _ROUNDS = 4
