@@ -180,7 +180,7 @@ class Scheduler:
             raise ValueError(msg)
         flight = self._flights.popleft()
         books = self._books
-        stale = frozenset(books.leaving.lingering) | result.failed.keys()
+        stale = frozenset(books.leaving.lingering).union(result.failed)
         # Before this plan counts as confirmed: they have no token of it.
         for request_id, detail in result.failed.items():
             self.cancel(request_id, FinishReason.FAILED, detail)
