@@ -52,9 +52,11 @@ class Desk:
     texts: dict[RequestId, list[int]] = field(default_factory=dict)
     works: dict[RequestId, Work] = field(default_factory=dict)
 
-    def open(self, name: RequestId, prompt: Sequence[int], length: int) -> None:
-        self.works[name] = Work(prompt, SamplingParams(temperature=0.0), length)
-        self.texts[name] = []
+    def open(
+        self, name: RequestId, prompt: Sequence[int], length: int, generated: Sequence[int] = ()
+    ) -> None:
+        self.works[name] = Work(prompt, SamplingParams(temperature=0.0), length, generated)
+        self.texts[name] = list(generated)
         self.engine.open(name, self.works[name])
 
     def step(
@@ -257,6 +259,24 @@ def recomputes_after_an_eviction(engine: Engine) -> None:
     assert desk.texts["a"] == desk.texts["calm"]
 
 
+def goes_on_with_what_came_elsewhere(engine: Engine) -> None:
+    desk = Desk(engine)
+    desk.open("whole", PROMPT, 9)
+    desk.enter("whole")
+    desk.finish("whole")
+    desk.leave("whole")
+    whole = desk.texts["whole"]
+    desk.open("rest", PROMPT, 9, whole[:4])
+    desk.enter("rest")
+    desk.finish("rest")
+    assert desk.texts["rest"] == whole
+    desk.leave("rest")
+    desk.open("last", PROMPT, 9, whole[:8])
+    result = desk.enter("last")
+    assert desk.texts["last"] == whole
+    assert set(result.stopped) == {"last"}
+
+
 def shares_published_blocks(engine: Engine) -> None:
     desk = Desk(engine)
     keys = prefix_keys(PROMPT, BLOCK)
@@ -343,6 +363,7 @@ CHECKS: tuple[Callable[[Engine], None], ...] = (
     does_not_care_how_a_prompt_is_cut,
     mixes_prefill_and_decode,
     recomputes_after_an_eviction,
+    goes_on_with_what_came_elsewhere,
     shares_published_blocks,
     shares_blocks_that_a_stopped_request_leaves,
     uses_all_memory_again_and_again,

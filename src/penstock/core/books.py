@@ -199,7 +199,9 @@ class Books:
         generated = entry.generated
         if entry.state is State.DECODE:
             generated = self.decode.generated(entry)
-        return min(generated, entry.base + self.confirmed.tick) if entry.sampled_in else 0
+        if not entry.sampled_in:
+            return generated
+        return min(generated, entry.base + self.confirmed.tick)
 
     def release_confirmed(self) -> None:
         """Release those whom no plan in flight names any more."""

@@ -45,7 +45,7 @@ class Deadlines:
         request = entry.request
         if request.on_miss is OnMiss.KEEP:
             return
-        if request.slo.ttft is not None:
+        if request.slo.ttft is not None and not request.generated:
             self._push(request.arrival + request.slo.ttft, Promise.TTFT, entry)
         if request.slo.e2e is not None:
             self._push(request.arrival + request.slo.e2e, Promise.E2E, entry)

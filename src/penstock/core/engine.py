@@ -17,6 +17,9 @@ class Work(NamedTuple):
     Attributes:
         prompt: token ids.
         sampling: how its tokens are chosen.
+        generated: output tokens that it has already, from an instance that it was on before.
+            The next token is the one that would have come there: penalties count them, and the
+            random stream goes on behind them.
         trace_length: benchmarks only: end it with STOP at exactly this many
             output tokens, whatever the model says.  No policy but the oracle
             ever sees it.
@@ -25,6 +28,7 @@ class Work(NamedTuple):
     prompt: Sequence[int]
     sampling: SamplingParams = _DEFAULT
     trace_length: int | None = None
+    generated: Sequence[int] = ()
 
 
 class Ticket(NamedTuple):

@@ -41,6 +41,7 @@ class Runtime:
         self.engine = engine
         self._clock = clock
         self._flight: deque[Ticket] = deque()
+        self._planning = 0.0
 
     def add(self, request: Request, work: Work) -> None:
         """Take a request in.
@@ -54,6 +55,12 @@ class Runtime:
                 f"but the prompt has {len(work.prompt)} tokens"
             )
             raise ValueError(msg)
+        if len(work.generated) != request.generated:
+            msg = (
+                f"request {request.id}: generated is {request.generated} "
+                f"but its payload has {len(work.generated)} generated tokens"
+            )
+            raise ValueError(msg)
         self.scheduler.validate(request)
         self.engine.open(request.id, work)
         self.scheduler.enter(request, work.trace_length)
@@ -64,14 +71,23 @@ class Runtime:
 
     def step(self) -> StepOutput | None:
         """Fill the pipeline, then collect the oldest step; None when there is nothing to do."""
-        planning = 0.0
+        self.begin()
+        return self.finish()
+
+    def begin(self) -> bool:
+        """Fill the pipeline; whether any step is in flight."""
         while len(self._flight) < self.engine.capabilities.depth:
             began = self._clock()
             plan = self.scheduler.plan(began)
-            planning += self._clock() - began
+            self._planning += self._clock() - began
             if plan is None:
                 break
             self._flight.append(self.engine.submit(plan))
+        return bool(self._flight)
+
+    def finish(self) -> StepOutput | None:
+        """Collect the oldest step; None if there is none and nobody has ended."""
+        planning, self._planning = self._planning, 0.0
         if not self._flight:
             ended = self._take_ended()
             return StepOutput({}, ended, 0.0, planning, 0) if ended else None

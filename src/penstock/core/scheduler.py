@@ -115,7 +115,10 @@ class Scheduler:
             self.policy.admit.learn_true_length(request.id, length)
         key = self.policy.order.key(request)
         most = blocks_for(request.prompt_tokens + request.cap, self.capabilities.block_size)
-        entry = Entry(request, self._arrivals, key, request.arrival, most_blocks=most)
+        entry = Entry(
+            request, self._arrivals, key, request.arrival,
+            generated=request.generated, most_blocks=most,
+        )  # fmt: skip
         self._arrivals += 1
         books.entries[request.id] = entry
         books.queue.push(entry)

@@ -79,6 +79,10 @@ class Request:
         priority: lower is served first; only the ``priority`` order reads it.
         slo_class: name of its class, for reports.
         prefix: keys of the prompt's full KV blocks, in order, for prefix reuse.
+        generated: output tokens that it has already, from an instance that it was on before;
+            they count towards ``cap``, which must be larger.
+        batch: number of the static batch that it runs in; 0: of none.  Only policies with
+            static batches read it.
 
     Raises:
         ValueError: a count is out of range.
@@ -93,6 +97,8 @@ class Request:
     priority: int = 0
     on_miss: OnMiss = OnMiss.KEEP
     prefix: tuple[PrefixKey, ...] = ()
+    generated: int = 0
+    batch: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "cap"):
@@ -100,6 +106,9 @@ class Request:
             if value < 1:
                 msg = f"request {self.id}: {name} is {value}; it must be at least 1"
                 raise ValueError(msg)
+        if not 0 <= self.generated < self.cap:
+            msg = f"request {self.id}: generated is {self.generated}"
+            raise ValueError(f"{msg}; it must be at least 0 and below its cap ({self.cap})")
 
 
 _COUNTS = (

@@ -153,8 +153,9 @@ class NativeEngine:
             msg = "the prompt is empty; it must have at least one token"
             raise RequestError("prompt", msg)
         self._checked("stop_token_ids", work.sampling.stop_token_ids)
-        self._sampler.open(request_id, work.prompt, work.sampling)
-        self._opened[request_id] = _Opened(work, prompt)
+        generated = self._checked("generated", work.generated)
+        self._sampler.open(request_id, work.prompt, work.sampling, work.generated)
+        self._opened[request_id] = _Opened(work, np.concatenate((prompt, generated)))
 
     def discard(self, request_id: RequestId) -> None:
         """Forget a payload that has no KV; nothing happens if it is forgotten already.

@@ -127,8 +127,17 @@ class Sampler:
         self._biases: dict[RequestId, Mapping[int, float]] = {}
         self._batch: _Batch | None = None
 
-    def open(self, request_id: RequestId, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    def open(
+        self,
+        request_id: RequestId,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        generated: Sequence[int] = (),
+    ) -> None:
         """Take a request in.  Until it is closed its place in the random stream is kept.
+
+        Args:
+            generated: output tokens that it has already: its random stream goes on behind them.
 
         Raises:
             RequestError: a biased token, or a prompt token that a penalty has to look
@@ -138,9 +147,9 @@ class Sampler:
         self._check_tokens("logit_bias", request_id, sampling.logit_bias)
         if needs_counts(sampling):
             self._check_tokens("prompt", request_id, prompt)
-        self._table.open(request_id, sampling)
+        self._table.open(request_id, sampling, len(generated))
         if needs_counts(sampling):
-            self._counts.open(request_id, prompt)
+            self._counts.open(request_id, prompt, generated)
         if sampling.logit_bias:
             self._biases[request_id] = sampling.logit_bias
 

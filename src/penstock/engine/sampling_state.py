@@ -71,8 +71,8 @@ class ParameterTable:
         self._free: list[int] = []
         self.rows = np.zeros(64, dtype=ROW)
 
-    def open(self, request_id: RequestId, sampling: SamplingParams) -> None:
-        """Give the request a row.
+    def open(self, request_id: RequestId, sampling: SamplingParams, drawn: int = 0) -> None:
+        """Give the request a row, ``drawn`` places on in its random stream.
 
         Raises:
             ValueError: it has one.
@@ -85,6 +85,7 @@ class ParameterTable:
             self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
         self._slots[request_id] = slot
         self._write(self.rows[slot : slot + 1], request_id, sampling)
+        self.rows["drawn"][slot] = drawn
 
     def close(self, request_id: RequestId) -> None:
         """Take the row back.
@@ -106,7 +107,6 @@ class ParameterTable:
         top_p = params.top_p if params.top_p < 1.0 else 2.0
         truncates = top_k < self._vocab or top_p < 1.0 or params.min_p > 0.0
         row["key"] = stream_key(params.seed, self._seed, request_id)
-        row["drawn"] = 0
         row["temperature"] = 1.0 if greedy else params.temperature
         row["greedy"] = greedy
         row["truncates"] = truncates and not greedy
@@ -135,15 +135,17 @@ class TokenCounts:
     """
 
     def __init__(self, device: torch.device, vocab_size: int) -> None:
-        self._waiting: dict[RequestId, Sequence[int]] = {}
+        self._waiting: dict[RequestId, tuple[Sequence[int], Sequence[int]]] = {}
         self._slots: dict[RequestId, int] = {}
         self._free: list[int] = []
         self.in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
         self.in_output = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
 
-    def open(self, request_id: RequestId, prompt: Sequence[int]) -> None:
-        """Remember a prompt until the request's first token."""
-        self._waiting[request_id] = prompt
+    def open(
+        self, request_id: RequestId, prompt: Sequence[int], generated: Sequence[int] = ()
+    ) -> None:
+        """Remember a prompt, and output from elsewhere, until the request's first token here."""
+        self._waiting[request_id] = (prompt, generated)
 
     def close(self, request_id: RequestId) -> None:
         """Forget the request, if it was known."""
@@ -161,10 +163,14 @@ class TokenCounts:
         if slot == len(self.in_prompt):
             self._grow()
         self._slots[request_id] = slot
-        prompt = torch.as_tensor(list(self._waiting.pop(request_id)), dtype=torch.int64)
+        waited = self._waiting.pop(request_id)
+        prompt, generated = (
+            torch.as_tensor(list(tokens), dtype=torch.int64, device=self.in_prompt.device)
+            for tokens in waited
+        )
         self.in_prompt[slot] = False
-        self.in_prompt[slot, prompt.to(self.in_prompt.device)] = True
-        self.in_output[slot] = 0
+        self.in_prompt[slot, prompt] = True
+        self.in_output[slot] = torch.bincount(generated, minlength=self.in_output.shape[1])
         return slot
 
     def add(self, slots: Tensor, tokens: Tensor) -> None:

@@ -62,6 +62,7 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
     on_miss: OnMiss
     sampling: Sampling
     trace_length: int | None
+    generated: list[int]
 
     @classmethod
     def pack(cls, request: Request, work: Work) -> Add:
@@ -81,6 +82,7 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             on_miss=request.on_miss,
             sampling=Sampling.pack(work.sampling),
             trace_length=work.trace_length,
+            generated=list(work.generated),
         )
 
     def unpack(self, capabilities: Capabilities) -> tuple[Request, Work]:
@@ -98,8 +100,10 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             priority=self.priority,
             on_miss=self.on_miss,
             prefix=keys,
+            generated=len(self.generated),
         )
-        return request, Work(self.prompt, self.sampling.unpack(), self.trace_length)
+        sampling = self.sampling.unpack()
+        return request, Work(self.prompt, sampling, self.trace_length, self.generated)
 
 
 class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True, gc=False):

@@ -11,15 +11,34 @@ import math
 from dataclasses import replace
 from heapq import heappop, heappush
 from types import MappingProxyType
+from typing import NamedTuple
 
 from penstock.core.engine import Ticket, Work
 from penstock.core.forecast.latency.base import LatencyModel, StepLoad
 from penstock.core.types import Capabilities, Drop, RequestId, StepPlan, StepResult, Token
 from penstock.sim.clock import VirtualClock
+from penstock.sim.padding import Rectangle
 from penstock.sim.ticks import TickTimes
 from penstock.sim.track import Track
 
 _LONGEST_STRETCH = 1 << 30
+
+
+class _Running(NamedTuple):
+    """A plan that is being carried out: ``steps`` times, the first of which takes ``first``."""
+
+    plan: StepPlan
+    began: float
+    steps: int
+    first: float
+    increase: float
+
+    @property
+    def seconds(self) -> float:
+        steps = self.steps
+        return steps * self.first + self.increase * (steps * (steps - 1) // 2)
+
+
 _NO_TOKENS: MappingProxyType[RequestId, Token] = MappingProxyType({})
 
 
@@ -32,19 +51,26 @@ class SimEngine:
         capabilities: of the machine that is simulated; of depth 1.
         latency: durations of its steps.
         clock: advanced when a step is collected.
+        padded: it runs batches as rectangles; for policies with static batches only.
 
     Attributes:
         ticks: when decode steps ended.
         plan: the latest one.
         cached_tokens: tokens with which requests began because they were in the prefix cache.
         wake_at: it comes back for a plan after the first step that ends then or later.
+        rectangle: the static batch that runs, if ``padded``.
 
     Raises:
         ValueError: the depth is not 1.
     """
 
     def __init__(
-        self, capabilities: Capabilities, latency: LatencyModel, clock: VirtualClock
+        self,
+        capabilities: Capabilities,
+        latency: LatencyModel,
+        clock: VirtualClock,
+        *,
+        padded: bool = False,
     ) -> None:
         if capabilities.depth != 1:
             msg = f"capabilities.depth is {capabilities.depth}; a simulated engine has depth 1"
@@ -55,6 +81,7 @@ class SimEngine:
         self.plan: StepPlan | None = None
         self.cached_tokens = 0
         self.wake_at = math.inf
+        self.rectangle = Rectangle() if padded else None
         self._latency = latency
         self._clock = clock
         self._tracks: dict[RequestId, Track] = {}
@@ -66,14 +93,16 @@ class SimEngine:
         # (tick, serial, track, its base then): stale if the track stopped decoding meanwhile.
         self._ends: list[tuple[int, int, Track, int]] = []
         self._serial = 0
-        self._result: StepResult | None = None
+        self._running: _Running | None = None
 
     def open(self, request_id: RequestId, work: Work) -> None:
         """Take a request in; only the lengths of its payload matter."""
         if work.trace_length is None:
             msg = f"request {request_id}: trace_length is None; the simulator needs a length"
             raise ValueError(msg)
-        self._tracks[request_id] = Track(request_id, len(work.prompt), work.trace_length)
+        self._tracks[request_id] = Track(
+            request_id, len(work.prompt), work.trace_length, len(work.generated)
+        )
 
     def track(self, request_id: RequestId) -> Track:
         """The tokens of an open request; the object stays of use after its end."""
@@ -96,56 +125,98 @@ class SimEngine:
         if self.capabilities.prefix_cache:
             cached = sum(len(start.cached) for start in plan.starts)
             self.cached_tokens += cached * self.capabilities.block_size
-        now, decoding, steps = self._clock.now, len(plan.decode), 1
-        first = increase = 0.0
-        if decoding:
+        if self.rectangle:
+            self.rectangle.enter(plan)
+        if plan.decode:
             self._decode_only(plan.decode)
+        began, steps, increase = self._clock.now, 1, 0.0
         if plan.repeat > 1:
-            steps, first, increase = self._stretch(plan, now, decoding)
-            seconds = steps * first + increase * (steps * (steps - 1) // 2)
-        elif decoding or plan.chunks:
-            seconds = first = self._latency.seconds(self._load(plan, decoding))
+            steps, first, increase = self._stretch(plan, began)
         else:
-            seconds = 0.0
-        stopped: dict[RequestId, tuple[bytes, ...]] = {}
-        if decoding:
-            self.ticks.append(steps, now, first, increase)
-            self._context += decoding * steps
-            self._end_reached(stopped)
-        if plan.chunks:
-            self._sample(plan, now + seconds, stopped)
-        self._result = StepResult(plan.number, seconds, _NO_TOKENS, stopped, steps=steps)
+            first = self._seconds(plan)
+        self._running = _Running(plan, began, steps, first, increase)
         return Ticket(plan.number)
+
+    @property
+    def ends_at(self) -> float:
+        """When what was submitted last will have been carried out, in seconds."""
+        running = self._running
+        assert running is not None
+        return running.began + running.seconds
+
+    def generated(self, track: Track, now: float) -> int:
+        """Output tokens that an open request has by ``now``, within a stretch too."""
+        if not track.decodes:
+            return track.generated
+        ticks, running = self.ticks.count, self._running
+        if running is not None and running.plan.decode and now > running.began:
+            until = _steps_until(now - running.began, running.first, running.increase)
+            ticks += min(running.steps, until - 1)
+        return track.base + ticks
+
+    def cut(self, at: float) -> None:
+        """Come back after the first step that ends at ``at`` or later, if that is earlier."""
+        running = self._running
+        if running is not None and running.steps > 1 and at < running.began + running.seconds:
+            steps = _steps_until(at - running.began, running.first, running.increase)
+            self._running = running._replace(steps=min(steps, running.steps))
 
     def collect(self, ticket: Ticket) -> StepResult:
         """Let the time of the step, or of the stretch, pass."""
-        result, self._result = self._result, None
-        assert result is not None
-        assert result.number == ticket.number
-        self._clock.now += result.seconds
-        return result
+        running, self._running = self._running, None
+        assert running is not None
+        plan, steps, seconds = running.plan, running.steps, running.seconds
+        assert plan.number == ticket.number
+        stopped: dict[RequestId, tuple[bytes, ...]] = {}
+        if plan.decode:
+            decoding = len(plan.decode)
+            self.ticks.append(steps, running.began, running.first, running.increase)
+            self._context += decoding * steps
+            if self.rectangle:
+                self.rectangle.decoded(steps, decoding)
+            self._end_reached(stopped)
+        if plan.chunks:
+            self._sample(plan, running.began + seconds, stopped)
+        self._clock.now += seconds
+        return StepResult(plan.number, seconds, _NO_TOKENS, stopped, steps=steps)
 
     def close(self) -> None:
         """Forget everything."""
         self._tracks.clear()
         self._decoding.clear()
 
-    def _load(self, plan: StepPlan, decoding: int) -> StepLoad:
-        context = self._context if decoding else 0
+    def _seconds(self, plan: StepPlan) -> float:
+        """What one run of a plan takes."""
+        if not plan.decode and not plan.chunks:
+            return 0.0
+        if self.rectangle and plan.chunks:
+            assert not plan.decode, "static batches do not mix prompts and decoding"
+            return self._latency.seconds(self.rectangle.prompts(plan))
+        decoding, context = self._attended(plan)
         longest = self._longest.at(self.ticks.count) if self._longest and decoding else 0
         if not plan.chunks:
-            return StepLoad(decoding, context, longest=longest)
+            return self._latency.seconds(StepLoad(decoding, context, longest=longest))
         prefill, work = 0, 0.0
         for chunk in plan.chunks:
             prefill += chunk.tokens
             work += chunk.tokens * (chunk.start + chunk.tokens / 2)
-        return StepLoad(decoding, context, prefill, work, len(plan.chunks), longest)
+        load = StepLoad(decoding, context, prefill, work, len(plan.chunks), longest)
+        return self._latency.seconds(load)
 
-    def _stretch(self, plan: StepPlan, now: float, decoding: int) -> tuple[int, float, float]:
+    def _attended(self, plan: StepPlan) -> tuple[int, int]:
+        """Requests that a decode step computes, and the KV tokens that they attend to."""
+        if not plan.decode:
+            return 0, 0
+        if self.rectangle:
+            return self.rectangle.rows, self.rectangle.context
+        return len(plan.decode), self._context
+
+    def _stretch(self, plan: StepPlan, now: float) -> tuple[int, float, float]:
         """Steps until somebody ends or time is up, seconds of the first, increase per step."""
+        decoding, context = self._attended(plan)
         line = self._latency.decode_line(decoding)
         assert line is not None
-        first = line[0] + line[1] * self._context
+        first = line[0] + line[1] * context
         increase = line[1] * decoding
         steps = min(plan.repeat, self._next_end() - self.ticks.count)
         left = min(plan.until, self.wake_at) - now

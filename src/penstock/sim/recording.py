@@ -86,7 +86,7 @@ class RecordingEngine:
     def open(self, request_id: RequestId, work: Work) -> None:
         """Hand it on."""
         self._engine.open(request_id, work)
-        self._known[request_id] = len(work.prompt)
+        self._known[request_id] = len(work.prompt) + len(work.generated)
 
     def discard(self, request_id: RequestId) -> None:
         """Hand it on."""

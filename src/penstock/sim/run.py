@@ -164,7 +164,7 @@ def run(
     engine = SimEngine(capabilities, latency, clock)
     scheduler = Scheduler(engine.capabilities, policy, enforce_caps=enforce_caps)
     runtime = Runtime(scheduler, engine, clock)
-    with _no_collections():
+    with no_collections():
         records, steps = _loop(source, runtime, engine, clock, watch)
     ticks = engine.ticks
     share = scheduler.block_steps / ticks.count / capabilities.kv_blocks if ticks.count else 0.0
@@ -214,7 +214,7 @@ def _add(runtime: Runtime, job: Job) -> None:
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Hold the cyclic garbage collector back: it would walk all records again and again."""
     was_on = gc.isenabled()
     gc.disable()

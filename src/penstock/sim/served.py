@@ -118,7 +118,7 @@ class ServedEngine:
         Raises:
             RequestError: a token is not in the vocabulary.
         """
-        for token in work.prompt:
+        for token in (*work.prompt, *work.generated):
             if not 0 <= token < self._vocab_size:
                 msg = f"prompt: token id {token} is not in [0, {self._vocab_size})"
                 raise RequestError("prompt", msg)
@@ -128,7 +128,8 @@ class ServedEngine:
         drawn = int(source.choice(self._lengths))
         if length is None and self._eos_ids and not work.sampling.ignore_eos:
             length, says_end = drawn, True
-        self._sequences[request_id] = _Sequence(work, length, source, says_end)
+        had = len(work.generated)
+        self._sequences[request_id] = _Sequence(work, length, source, says_end, generated=had)
 
     def discard(self, request_id: RequestId) -> None:
         """Forget a request."""
@@ -201,7 +202,7 @@ class ServedEngine:
     ) -> None:
         sequence = self._sequences[request_id]
         at = sequence.generated
-        if at == len(sequence.script):
+        while at >= len(sequence.script):
             drawn = sequence.source.integers(len(self._ordinary), size=_TOKENS_AT_ONCE)
             sequence.script += self._ordinary[drawn].tolist()
         sequence.generated += 1

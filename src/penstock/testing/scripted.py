@@ -93,14 +93,15 @@ class ScriptedEngine:
     def open(self, request_id: RequestId, work: Work) -> None:
         """Take in a payload; refuses token ids outside the vocabulary."""
         _require(request_id not in self._sequences, f"{request_id} is open already")
-        for token in work.prompt:
+        for token in (*work.prompt, *work.generated):
             if not 0 <= token < self._vocab_size:
                 msg = f"prompt: token id {token} is not in [0, {self._vocab_size})"
                 raise RequestError("prompt", msg)
         length = work.trace_length
         if length is None:
             length = 1 + _mix(work.prompt, b"length") % (2 * self._mean_length)
-        self._sequences[request_id] = _Sequence(work, list(work.prompt), length)
+        known = [*work.prompt, *work.generated]
+        self._sequences[request_id] = _Sequence(work, known, length)
 
     def discard(self, request_id: RequestId) -> None:
         """Forget a payload that holds no blocks."""

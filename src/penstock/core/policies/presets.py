@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from penstock.core.policies.admit.aggressive import Aggressive
+from penstock.core.policies.admit.capped import Capped
 from penstock.core.policies.admit.conservative import Conservative
 from penstock.core.policies.admit.oracle import Oracle
 from penstock.core.policies.admit.past_future import PastFuture
-from penstock.core.policies.base import AdmitPolicy, OrderPolicy, Policy
+from penstock.core.policies.admit.static import Static
+from penstock.core.policies.base import AdmitPolicy, OrderPolicy, Policy, SharePolicy
 from penstock.core.policies.order.fcfs import Fcfs
 from penstock.core.policies.order.priority import Priority
 from penstock.core.policies.share.continuous import Continuous
+from penstock.core.policies.share.static import StaticShare
 from penstock.core.policies.victim.latest_arrived import LatestArrived
 
 AdmitFactory = Callable[..., AdmitPolicy]
@@ -102,6 +105,22 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 _without_rng(Oracle),
                 MappingProxyType({}),
             ),
+            Preset(
+                "sls",
+                "sequence-level scheduling, SCLS's baseline (arXiv 2406.13511): static batches",
+                "static",
+                _without_rng(Static),
+                MappingProxyType({"batch_size": 16}),
+                share="static",
+            ),
+            Preset(
+                "ils",
+                "iteration-level scheduling, SCLS's baseline (arXiv 2406.13511): "
+                "continuous batches with a cap on parallel requests",
+                "capped",
+                _without_rng(Capped),
+                MappingProxyType({"parallel": 16}),
+            ),
         )
     }
 )
@@ -141,11 +160,15 @@ def build(
     return Policy(
         order=_find(ORDERS, "order", order_name)(),
         admit=preset.admit(np.random.default_rng(seed), **{**preset.parameters, **checked}),
-        share=Continuous(token_budget),
+        share=_share(preset.share, token_budget),
         victim=LatestArrived(),
         period=preset.period if period is None else period,
         per_pass=preset.per_pass,
     )
+
+
+def _share(name: str, token_budget: int) -> SharePolicy:
+    return StaticShare() if name == "static" else Continuous(token_budget)
 
 
 def _checked(preset: Preset, key: str, value: float | None) -> float | None:

@@ -1,0 +1,300 @@
+"""The mechanism for several instances: a pool, slices, batches, and who was sent where.
+
+It decides nothing itself: a :class:`~penstock.core.policies.dispatch.DispatchPolicy` does.  What it
+guarantees, whatever the policy answers: every request that was taken in is in the pool or at one
+instance until it ends; what an instance held when it was lost is back in the pool with the tokens
+that are known; and no slice reaches beyond its request's cap.
+
+Like the scheduler of one instance it is told the time, does no I/O, and is the same object in the
+simulator, in front of live instances, and in front of other servers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from penstock.core.forecast.slices import SliceCost
+from penstock.core.policies.dispatch import DispatchPolicy, InstanceView
+from penstock.core.types import FinishReason, Request, RequestId
+
+SliceId = RequestId
+"""Name of one stay of a request at an instance: no two stays of a request have the same."""
+
+
+class Batch(NamedTuple):
+    """Requests to send to an instance together.
+
+    Attributes:
+        number: consecutive, from 1.
+        requests: one slice of each: ``id`` names the slice, ``generated`` is what it has, ``cap``
+            where the slice ends, ``batch`` the batch's number if it is to run as a static one.
+        seconds: estimated; 0 where nobody estimates.
+    """
+
+    number: int
+    instance: int
+    requests: tuple[Request, ...]
+    seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Sent:
+    """A batch at an instance, and how many of it have not come back."""
+
+    instance: int
+    seconds: float
+    left: int
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """A request, from its arrival to its end."""
+
+    request: Request
+    generated: int
+    stays: int = 0
+    slice_id: SliceId | None = None
+    sent: _Sent | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Instance:
+    number: int
+    kv_tokens: int
+    load: float = 0.0
+    members: dict[RequestId, _Member] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        return [
+            (member.request.prompt_tokens, member.generated, member.request.cap)
+            for member in self.members.values()
+        ]
+
+    def view(self) -> InstanceView:
+        return InstanceView(self.number, len(self.members), self.load, self.kv_tokens, self.rows)
+
+
+CostOf = Callable[[int], SliceCost]
+"""Prices of slices on instances with so many KV tokens."""
+
+
+class Dispatcher:
+    """Sends requests to instances, a slice at a time.
+
+    Args:
+        policy: who answers.
+        cost: prices of slices; needed if the policy ``needs_cost``.
+
+    Raises:
+        ValueError: there are no prices but the policy needs them.
+    """
+
+    def __init__(self, policy: DispatchPolicy, cost: CostOf | None = None) -> None:
+        if policy.needs_cost and cost is None:
+            msg = "this dispatch policy needs the prices of slices"
+            raise ValueError(msg)
+        self.policy = policy
+        self._cost = cost
+        self._instances: dict[int, _Instance] = {}
+        self._members: dict[RequestId, _Member] = {}
+        self._slices: dict[SliceId, _Member] = {}
+        self._pool: dict[RequestId, _Member] = {}
+        self._pooled_at = math.inf
+        self._next = -math.inf
+        self._batches = 0
+        self.returned = 0
+
+    @property
+    def due(self) -> float:
+        """When to call :meth:`dispatch`; infinity if there is nobody to send, or nowhere."""
+        if not self._pool or not self._instances:
+            return math.inf
+        return max(self._next, self._pooled_at)
+
+    @property
+    def pooled(self) -> int:
+        """Requests that wait here."""
+        return len(self._pool)
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._members)
+
+    @property
+    def instances(self) -> tuple[InstanceView, ...]:
+        """The instances there are, by number."""
+        return tuple(self._instances[number].view() for number in sorted(self._instances))
+
+    def join(self, number: int, kv_tokens: int) -> None:
+        """An instance is there.
+
+        Raises:
+            ValueError: there is one of this number.
+        """
+        if number in self._instances:
+            msg = f"instance {number} is there already"
+            raise ValueError(msg)
+        self._instances[number] = _Instance(number, kv_tokens)
+
+    def lose(self, number: int, now: float) -> tuple[RequestId, ...]:
+        """An instance is gone: all it held goes back to the pool, before those who wait."""
+        instance = self._instances.pop(number)
+        back = list(instance.members.values())
+        waiting, self._pool = self._pool, {}
+        for member in back:
+            self._detach(member)
+            self._back_to_pool(member, now)
+        self._pool.update(waiting)
+        # Nobody should wait for an interval that was chosen by loads that are gone.
+        self._next = min(self._next, now)
+        return tuple(member.request.id for member in back)
+
+    def add(self, request: Request, now: float) -> None:
+        """Take a request in.
+
+        Raises:
+            ValueError: the id is in use.
+        """
+        if request.id in self._members:
+            msg = f"request id {request.id!r} is in use"
+            raise ValueError(msg)
+        member = _Member(request, request.generated)
+        self._members[request.id] = member
+        self._back_to_pool(member, now)
+
+    def whole(self, slice_id: SliceId) -> RequestId | None:
+        """Whose slice it is; None if that stay is over."""
+        member = self._slices.get(slice_id)
+        return None if member is None else member.request.id
+
+    def progress(self, slice_id: SliceId, generated: int) -> None:
+        """A request at an instance has so many output tokens by now."""
+        member = self._slices.get(slice_id)
+        if member is not None:
+            member.generated = generated
+
+    def ended(
+        self, slice_id: SliceId, generated: int, reason: FinishReason, now: float
+    ) -> RequestId | None:
+        """A slice came to its end at its instance.
+
+        Returns:
+            the request if it has ended with it; None if it goes on, from the pool.
+
+        Raises:
+            KeyError: no such slice is at an instance.
+        """
+        member = self._slices[slice_id]
+        self._detach(member)
+        member.generated = generated
+        if reason is FinishReason.LENGTH and generated < member.request.cap:
+            self._back_to_pool(member, now)
+            return None
+        del self._members[member.request.id]
+        if reason in {FinishReason.STOP, FinishReason.LENGTH}:
+            self.policy.place.observe(generated)
+        return member.request.id
+
+    def withdraw(self, request_id: RequestId) -> tuple[int, SliceId] | None:
+        """End a request from outside; where it is, if it is at an instance, to end it there."""
+        member = self._members.pop(request_id, None)
+        if member is None:
+            return None
+        self._pool.pop(request_id, None)
+        if member.sent is None or member.slice_id is None:
+            return None
+        where = (member.sent.instance, member.slice_id)
+        self._detach(member)
+        return where
+
+    def dispatch(self, now: float) -> list[Batch]:
+        """Empty the pool: make batches and send each to an instance."""
+        if not self._pool or not self._instances:
+            return []
+        members = list(self._pool.values())
+        self._pool = {}
+        self._pooled_at = math.inf
+        cost = self._price()
+        lengths = [member.request.prompt_tokens + member.generated for member in members]
+        groups = []
+        for indices in self.policy.batch.batches(lengths, cost):
+            longest = max(lengths[index] for index in indices)
+            seconds = 0.0 if cost is None else cost.seconds(len(indices), longest)
+            groups.append((seconds, [members[index] for index in indices]))
+        if self.policy.place.needs_cost:
+            groups.sort(key=lambda group: -group[0])
+        batches = [self._send(group, seconds) for seconds, group in groups]
+        loads = [instance.load for instance in self._instances.values()]
+        self._next = now + self.policy.interval.seconds(loads)
+        return batches
+
+    def check(self) -> None:
+        """Raise AssertionError if the books contradict themselves (in tests)."""
+        placed = [m for instance in self._instances.values() for m in instance.members.values()]
+        assert len(placed) + len(self._pool) == len(self._members)
+        assert len(placed) == len(self._slices)
+        for member in placed:
+            assert member.sent is not None
+            assert member.sent.left > 0
+        for instance in self._instances.values():
+            sent = {id(m.sent): m.sent.seconds for m in instance.members.values() if m.sent}
+            assert math.isclose(instance.load, sum(sent.values()), abs_tol=1e-6)
+
+    def _price(self) -> SliceCost | None:
+        """Prices that hold on every instance: of the one with the least memory."""
+        if self._cost is None:
+            return None
+        return self._cost(min(instance.kv_tokens for instance in self._instances.values()))
+
+    def _send(self, members: list[_Member], seconds: float) -> Batch:
+        views = self.instances
+        tokens = sum(member.request.prompt_tokens + member.generated for member in members)
+        instance = self._instances[views[self.policy.place.choose(views, tokens)].number]
+        sent = _Sent(instance.number, seconds, len(members))
+        instance.load += seconds
+        self._batches += 1
+        requests = tuple([self._slice(member, sent, self._batches) for member in members])
+        for member in members:
+            instance.members[member.request.id] = member
+        return Batch(self._batches, instance.number, requests, seconds)
+
+    def _slice(self, member: _Member, sent: _Sent, batch: int) -> Request:
+        request = member.request
+        name = f"{request.id}~{member.stays}" if member.stays else request.id
+        member.stays += 1
+        member.slice_id, member.sent = name, sent
+        self._slices[name] = member
+        end = member.generated + (self.policy.slice_tokens or request.cap)
+        return replace(
+            request,
+            id=name,
+            generated=member.generated,
+            cap=min(request.cap, end),
+            batch=batch if self.policy.batch.together else 0,
+        )
+
+    def _detach(self, member: _Member) -> None:
+        """It is at no instance any more; its batch is completed with its last one."""
+        sent, name = member.sent, member.slice_id
+        assert sent is not None
+        assert name is not None
+        del self._slices[name]
+        member.sent = member.slice_id = None
+        instance = self._instances.get(sent.instance)
+        if instance is not None:
+            del instance.members[member.request.id]
+        sent.left -= 1
+        if not sent.left and instance is not None:
+            # Sums of floats that go back to nothing would leave crumbs.
+            instance.load = max(0.0, instance.load - sent.seconds) if instance.members else 0.0
+
+    def _back_to_pool(self, member: _Member, now: float) -> None:
+        if not self._pool:
+            self._pooled_at = now
+        if member.stays:
+            self.returned += 1
+        self._pool[member.request.id] = member

@@ -1,0 +1,1 @@
+"""Which pooled requests run together?"""
