@@ -64,7 +64,8 @@ class WorkloadOptions:
 
     Attributes:
         trace: A trace file (Azure, BurstGPT, Mooncake, ShareGPT-o1 or plain; .gz too).
-        lengths: Real lengths that come with penstock: sharegpt-o1 or azure-conversation.
+        lengths: Real lengths that come with penstock: sharegpt, sharegpt-o1
+            or azure-conversation.
         input: Prompt lengths: 512, uniform:32-4096 or lognormal:MEDIAN,SIGMA[,MAX].
         output: Output lengths in the same notation, or "model" to let the model decide.
         scale: Multiply all lengths by this, at most 1.

@@ -146,6 +146,8 @@ class _Cluster:
         self._stories: dict[RequestId, _Story] = {}
         self._batch_of: dict[RequestId, _BatchState] = {}
         self._ends: list[tuple[float, int]] = []
+        # Instances without a step in flight that may have something to do.
+        self._idle: dict[int, None] = {}
         self._records: list[Record] = []
         self._slices: list[int] = []
         self._batches = self._early = 0
@@ -153,15 +155,6 @@ class _Cluster:
     def run(self) -> ClusterRun:
         now = 0.0
         while True:
-            arrival = self._source.next_arrival()
-            times = [self._next_end(), self._dispatcher.due]
-            if arrival is not None:
-                times.append(arrival)
-            upcoming = min(times)
-            if upcoming == math.inf:
-                break
-            now = max(now, upcoming)
-            self._finish_steps(now)
             for job in self._source.due(now):
                 self._stories[job.id] = _Story(job)
                 self._dispatcher.add(_request(job), now)
@@ -169,6 +162,16 @@ class _Cluster:
                 if self._dispatcher.policy.place.needs_progress:
                     self._tell_progress(now)
                 self._send(self._dispatcher.dispatch(now), now)
+            for number in self._idle:
+                self._begin(self._instances[number], now)
+            self._idle.clear()
+            arrival = self._source.next_arrival()
+            times = (self._next_end(), self._dispatcher.due)
+            upcoming = min(times) if arrival is None else min(*times, arrival)
+            if upcoming == math.inf:
+                break
+            now = max(now, upcoming)
+            self._finish_steps(now)
         done = [self._summary(instance) for instance in self._instances]
         return ClusterRun(self._records, self._slices, self._batches, self._early, done, now)
 
@@ -188,7 +191,7 @@ class _Cluster:
             if output is not None:
                 for ended in output.ended:
                     self._slice_ended(instance, ended, now)
-            self._begin(instance, now)
+            self._idle[instance.number] = None
 
     def _begin(self, instance: _Instance, now: float) -> None:
         instance.clock.now = max(instance.clock.now, now)
@@ -197,23 +200,20 @@ class _Cluster:
             heappush(self._ends, (instance.ends_at, instance.number))
 
     def _send(self, batches: list[Batch], now: float) -> None:
-        touched: dict[int, None] = {}
         for batch in batches:
             self._batches += 1
             state = _BatchState(len(batch.requests))
             instance = self._instances[batch.instance]
-            touched[batch.instance] = None
             for request in batch.requests:
                 self._open(instance, request)
                 self._batch_of[request.id] = state
-        for number in touched:
-            instance = self._instances[number]
             if instance.ends_at == math.inf:
-                self._begin(instance, now)
-            else:
-                instance.engine.cut(now)
+                self._idle[batch.instance] = None
+                continue
+            instance.engine.cut(now)
+            if instance.engine.ends_at != instance.ends_at:
                 instance.ends_at = instance.engine.ends_at
-                heappush(self._ends, (instance.ends_at, number))
+                heappush(self._ends, (instance.ends_at, instance.number))
 
     def _tell_progress(self, now: float) -> None:
         for instance in self._instances:

@@ -34,7 +34,8 @@ class RequestOptions:
 
     Attributes:
         trace: A trace file (Azure, BurstGPT, Mooncake, ShareGPT-o1 or plain; .gz too).
-        lengths: Real lengths that come with penstock: sharegpt-o1 or azure-conversation.
+        lengths: Real lengths that come with penstock: sharegpt, sharegpt-o1
+            or azure-conversation.
         input: Prompt lengths: 512, 32-4096 (uniform) or lognormal:MEDIAN,SIGMA[,MAX].
         output: Output lengths in the same notation.
         scale: Multiply all lengths by this, at most 1.

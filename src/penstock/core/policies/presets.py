@@ -16,6 +16,7 @@ from penstock.core.policies.admit.oracle import Oracle
 from penstock.core.policies.admit.past_future import PastFuture
 from penstock.core.policies.admit.static import Static
 from penstock.core.policies.base import AdmitPolicy, OrderPolicy, Policy, SharePolicy
+from penstock.core.policies.order.batch import InBatches
 from penstock.core.policies.order.fcfs import Fcfs
 from penstock.core.policies.order.priority import Priority
 from penstock.core.policies.share.continuous import Continuous
@@ -26,7 +27,7 @@ AdmitFactory = Callable[..., AdmitPolicy]
 _T = TypeVar("_T")
 _OPTIONAL = frozenset({"cold_start"})
 ORDERS: Mapping[str, Callable[[], OrderPolicy]] = MappingProxyType(
-    {"fcfs": Fcfs, "priority": Priority}
+    {"fcfs": Fcfs, "priority": Priority, "batch": InBatches}
 )
 """Orders by name."""
 
@@ -111,6 +112,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "static",
                 _without_rng(Static),
                 MappingProxyType({"batch_size": 16}),
+                order="batch",
                 share="static",
             ),
             Preset(
