@@ -85,7 +85,7 @@ def simulate(cell: Cell) -> ClusterRun:
     if dispatch.needs_cost:
         cost = cost_of(
             priced().model,
-            slice_tokens=dispatch.slice_tokens,
+            slice_tokens=dispatch.priced_tokens,
             safety=dispatch.safety,
             most=MOST,
         )

@@ -69,6 +69,7 @@ app.command(
 @app.command
 def presets() -> None:
     """List the scheduling presets: their answers, their parameters, their source."""
+    from penstock.core.policies.fleets import FLEETS, SLICE_PARAMETERS
     from penstock.core.policies.presets import PRESETS
 
     for preset in PRESETS.values():
@@ -80,6 +81,16 @@ def presets() -> None:
             f" · victim {preset.victim}"
         )
         print(f"  parameters: {settings or 'none'}")
+    settings = ", ".join(f"{key}={value}" for key, value in SLICE_PARAMETERS.items())
+    for fleet in FLEETS.values():
+        print(fleet.name)
+        print(f"  {fleet.source}")
+        batches = "packed by time" if fleet.packed else "in order of arrival"
+        print(
+            f"  batches {batches}{', of fixed size' if fleet.fixed else ''} · place {fleet.place}"
+            f" · interval {fleet.intervals} · on each instance: {fleet.instance}"
+        )
+        print(f"  parameters: {settings}")
 
 
 @app.command

@@ -129,6 +129,18 @@ class Machine(RuleBasedStateMachine):
         else:
             assert ended is None
 
+    @precondition(lambda self: self.started)
+    @rule()
+    def move(self) -> None:
+        for number, name in self.dispatcher.moves(self.now):
+            assert self.at[name][0] == number
+            assert self.dispatcher.policy.move is not None
+            whole = self.dispatcher.whole(name)
+            assert whole is not None
+            del self.at[name]
+            had = self.known[whole]
+            assert self.dispatcher.ended(name, had, FinishReason.CANCELLED, self.now) is None
+
     @precondition(lambda self: self.started and self.open)
     @rule(data=st.data())
     def withdraw(self, data: st.DataObject) -> None:

@@ -12,6 +12,10 @@ from penstock.sim.command import simulate
 
 app = cyclopts.App(name="penstock", result_action="return_value")
 app.command(simulate)
+TIMED = (
+    "--input 32-409 --output 20-300 --requests 40 --rate 20 --profile llama-2-7b/a100-80g "
+    "--kv-tokens 9000"
+)
 STUDY = "--kv-tokens 9000 --plan-every 10 --prefill-budget 3000 --steps-only --seed 1"
 
 
@@ -90,6 +94,13 @@ def test_without_json_there_is_a_table(tmp_path: Path, capsys: pytest.CaptureFix
             f"{STUDY} --input 5 --rate 3 --retries 2",
             "retries is 2; it must be at least 0, and 0 in",
         ),
+        (f"{STUDY} --preset scls", "preset scls with place None needs a profile"),
+        (f"{TIMED} --place nowhere", "place 'nowhere' is unknown; known are: round-robin"),
+        (f"{TIMED} --place max-min", "place 'max-min' needs a preset with slices"),
+        (f"{TIMED} --padded", "padded is for static batches"),
+        (f"{TIMED} --preset scls --parameters.slice_tokens 0", "slice_tokens is 0"),
+        (f"{TIMED} --instances 2 --clients 3", "without a place, several need an open loop"),
+        (f"{TIMED} --place round-robin --html x.html", "cannot be watched step by step"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -97,6 +108,22 @@ def test_what_is_wrong_is_named(
 ) -> None:
     assert penstock(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_instances_behind_a_dispatcher(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{TIMED} --preset sls,ils,scls --instances 3 --place round-robin --json -"
+    assert penstock(words) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["finished"] for run in runs] == [40, 40, 40]
+    slices = [run["cluster"]["slices"] for run in runs]
+    assert slices[:2] == [1.0, 1.0]
+    assert slices[2] > 1
+    assert penstock(f"{TIMED} --preset scls --instances 3 --padded --json -") == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["cluster"]["pad_tokens"] > 0
+    assert run["cluster"]["instances"] == 3
+    closed = TIMED.replace("--rate 20", "--clients 5")
+    assert penstock(f"{closed} --preset vllm --instances 2 --place forecast-aware") == 0
 
 
 def test_clients_try_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def test_a_round_robin_over_two_machines_is_two_runs_of_every_other_request() ->
     [
         ({"steps_only": False}, "give a profile, or steps_only"),
         ({"kv_tokens": 0}, "kv_tokens is 0"),
-        ({"instances": 2}, "several instances need an open loop"),
+        ({"instances": 2}, "without a place, several need an open loop"),
         ({"cap": 0}, "cap is 0"),
         ({"speed": 0.0}, r"speed is 0\.0"),
     ],

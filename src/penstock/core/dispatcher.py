@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from penstock.core.forecast.slices import SliceCost
 from penstock.core.policies.dispatch import DispatchPolicy, InstanceView
+from penstock.core.policies.move.by_gain import Stay
 from penstock.core.types import FinishReason, Request, RequestId
 
 SliceId = RequestId
@@ -58,6 +59,8 @@ class _Member:
     stays: int = 0
     slice_id: SliceId | None = None
     sent: _Sent | None = None
+    placed_with: int = 0
+    target: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +69,19 @@ class _Instance:
     kv_tokens: int
     load: float = 0.0
     members: dict[RequestId, _Member] = field(default_factory=dict)
+
+    def stays(self) -> list[Stay]:
+        return [
+            Stay(
+                member.slice_id or "",
+                member.request.prompt_tokens,
+                member.generated,
+                member.request.cap,
+                member.generated - member.placed_with,
+            )
+            for member in self.members.values()
+            if member.target is None
+        ]
 
     def rows(self) -> list[tuple[int, int, int]]:
         return [
@@ -104,6 +120,7 @@ class Dispatcher:
         self._pool: dict[RequestId, _Member] = {}
         self._pooled_at = math.inf
         self._next = -math.inf
+        self._next_move = -math.inf
         self._batches = 0
         self.returned = 0
 
@@ -113,6 +130,13 @@ class Dispatcher:
         if not self._pool or not self._instances:
             return math.inf
         return max(self._next, self._pooled_at)
+
+    @property
+    def move_due(self) -> float:
+        """When to call :meth:`moves`; infinity if nobody ever moves, or can."""
+        if self.policy.move is None or len(self._instances) < 2 or not self._slices:
+            return math.inf
+        return self._next_move
 
     @property
     def pooled(self) -> int:
@@ -191,12 +215,15 @@ class Dispatcher:
         member = self._slices[slice_id]
         self._detach(member)
         member.generated = generated
-        if reason is FinishReason.LENGTH and generated < member.request.cap:
+        moved = reason is FinishReason.CANCELLED and member.target is not None
+        if moved or (reason is FinishReason.LENGTH and generated < member.request.cap):
             self._back_to_pool(member, now)
             return None
         del self._members[member.request.id]
         if reason in {FinishReason.STOP, FinishReason.LENGTH}:
             self.policy.place.observe(generated)
+            if self.policy.move is not None:
+                self.policy.move.history.observe(generated)
         return member.request.id
 
     def withdraw(self, request_id: RequestId) -> tuple[int, SliceId] | None:
@@ -211,6 +238,22 @@ class Dispatcher:
         self._detach(member)
         return where
 
+    def moves(self, now: float) -> list[tuple[int, SliceId]]:
+        """Who is to leave its instance for another: end each there as cancelled.
+
+        The ends come back through :meth:`ended`, and the requests go on elsewhere.
+        """
+        policy = self.policy.move
+        if policy is None or len(self._instances) < 2:
+            return []
+        self._next_move = now + policy.every
+        numbers = sorted(self._instances)
+        stays = [self._instances[number].stays() for number in numbers]
+        found = policy.moves(stays, self._price().model)
+        for move in found:
+            self._slices[move.slice_id].target = numbers[move.target]
+        return [(numbers[move.source], move.slice_id) for move in found]
+
     def dispatch(self, now: float) -> list[Batch]:
         """Empty the pool: make batches and send each to an instance."""
         if not self._pool or not self._instances:
@@ -218,7 +261,7 @@ class Dispatcher:
         members = list(self._pool.values())
         self._pool = {}
         self._pooled_at = math.inf
-        cost = self._price()
+        cost = self._price() if self._cost else None
         lengths = [member.request.prompt_tokens + member.generated for member in members]
         groups = []
         for indices in self.policy.batch.batches(lengths, cost):
@@ -244,16 +287,18 @@ class Dispatcher:
             sent = {id(m.sent): m.sent.seconds for m in instance.members.values() if m.sent}
             assert math.isclose(instance.load, sum(sent.values()), abs_tol=1e-6)
 
-    def _price(self) -> SliceCost | None:
+    def _price(self) -> SliceCost:
         """Prices that hold on every instance: of the one with the least memory."""
-        if self._cost is None:
-            return None
+        assert self._cost is not None
         return self._cost(min(instance.kv_tokens for instance in self._instances.values()))
 
     def _send(self, members: list[_Member], seconds: float) -> Batch:
         views = self.instances
         tokens = sum(member.request.prompt_tokens + member.generated for member in members)
-        instance = self._instances[views[self.policy.place.choose(views, tokens)].number]
+        target = members[0].target
+        if target is None or target not in self._instances:
+            target = views[self.policy.place.choose(views, tokens)].number
+        instance = self._instances[target]
         sent = _Sent(instance.number, seconds, len(members))
         instance.load += seconds
         self._batches += 1
@@ -267,6 +312,7 @@ class Dispatcher:
         name = f"{request.id}~{member.stays}" if member.stays else request.id
         member.stays += 1
         member.slice_id, member.sent = name, sent
+        member.placed_with, member.target = member.generated, None
         self._slices[name] = member
         end = member.generated + (self.policy.slice_tokens or request.cap)
         return replace(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from statistics import mean, pstdev
 
 from penstock.core.dispatcher import Batch, Dispatcher
 from penstock.core.engine import Work
@@ -22,7 +23,8 @@ from penstock.core.scheduler import Scheduler
 from penstock.core.types import Capabilities, Ended, Request, RequestId
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine import SimEngine
-from penstock.sim.run import Job, Record, Source, no_collections
+from penstock.sim.run import Job, Record, Run, Source, no_collections
+from penstock.sim.ticks import TickTimes
 from penstock.sim.track import Track
 
 
@@ -33,21 +35,30 @@ class InstanceRun:
     Attributes:
         completed_at: when it last had something to do, in seconds.
         busy: seconds in which it computed.
-        decode_steps: steps in which someone decoded.
+        ticks: when its decode steps ended.
+        steps: with work in them.
         memory: mean share of its KV memory in use over decode steps.
         evictions: in all.
+        cached_tokens: tokens with which requests began because they were in the prefix cache.
         batches: requests of each static batch; empty if it pads nothing.
         pad_tokens, invalid_tokens: see :class:`penstock.sim.padding.Rectangle`.
     """
 
     completed_at: float
     busy: float
-    decode_steps: int
+    ticks: TickTimes
+    steps: int
     memory: float
     evictions: int
+    cached_tokens: int
     batches: list[int]
     pad_tokens: int
     invalid_tokens: int
+
+    @property
+    def decode_steps(self) -> int:
+        """Steps in which someone decoded."""
+        return self.ticks.count
 
 
 @dataclass(slots=True)
@@ -59,6 +70,7 @@ class ClusterRun:
         slices: stays at an instance of each of these requests.
         batches: sent to instances.
         early: those of them that ended before their slice did, all requests done.
+        moves: requests that left an instance for another.
         instances: by number.
         seconds: simulated time.
     """
@@ -67,8 +79,39 @@ class ClusterRun:
     slices: list[int]
     batches: int
     early: int
+    moves: int
     instances: list[InstanceRun]
     seconds: float
+
+    def runs(self) -> list[Run]:
+        """A run per instance; all records are the first one's."""
+        return [
+            Run(
+                [] if number else self.records, each.ticks, self.seconds, each.steps, each.memory,
+                each.evictions, each.cached_tokens,
+            )
+            for number, each in enumerate(self.instances)
+        ]  # fmt: skip
+
+    def summary(self) -> dict[str, object]:
+        """What only several instances, slices or static batches have."""
+        count = max(1, len(self.records))
+        sizes = [size for each in self.instances for size in each.batches]
+        padded = {
+            "batch_size": mean(sizes or [0]),
+            "pad_tokens": sum(each.pad_tokens for each in self.instances) / count,
+            "invalid_tokens": sum(each.invalid_tokens for each in self.instances) / count,
+        }
+        return {
+            "instances": len(self.instances),
+            "slices": sum(self.slices) / count,
+            "batches": self.batches,
+            "moves": self.moves,
+            "early_return_ratio": self.early / self.batches if self.batches else None,
+            "completion_std_s": pstdev(each.completed_at for each in self.instances),
+            "busy_std_s": pstdev(each.busy for each in self.instances),
+            **(padded if sizes else {}),
+        }
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +122,7 @@ class _Instance:
     clock: VirtualClock
     ends_at: float = math.inf
     busy: float = 0.0
+    steps: int = 0
     stays: dict[RequestId, Track] = field(default_factory=dict)
 
 
@@ -150,7 +194,7 @@ class _Cluster:
         self._idle: dict[int, None] = {}
         self._records: list[Record] = []
         self._slices: list[int] = []
-        self._batches = self._early = 0
+        self._batches = self._early = self._moves = 0
 
     def run(self) -> ClusterRun:
         now = 0.0
@@ -158,22 +202,25 @@ class _Cluster:
             for job in self._source.due(now):
                 self._stories[job.id] = _Story(job)
                 self._dispatcher.add(_request(job), now)
-            if self._dispatcher.due <= now:
-                if self._dispatcher.policy.place.needs_progress:
+            if min(self._dispatcher.due, self._dispatcher.move_due) <= now:
+                if self._dispatcher.policy.needs_progress:
                     self._tell_progress(now)
+                self._move(now)
                 self._send(self._dispatcher.dispatch(now), now)
             for number in self._idle:
                 self._begin(self._instances[number], now)
             self._idle.clear()
             arrival = self._source.next_arrival()
-            times = (self._next_end(), self._dispatcher.due)
+            times = (self._next_end(), self._dispatcher.due, self._dispatcher.move_due)
             upcoming = min(times) if arrival is None else min(*times, arrival)
             if upcoming == math.inf:
                 break
             now = max(now, upcoming)
             self._finish_steps(now)
         done = [self._summary(instance) for instance in self._instances]
-        return ClusterRun(self._records, self._slices, self._batches, self._early, done, now)
+        return ClusterRun(
+            self._records, self._slices, self._batches, self._early, self._moves, done, now
+        )
 
     def _next_end(self) -> float:
         ends = self._ends
@@ -189,6 +236,7 @@ class _Cluster:
             output = instance.runtime.finish()
             instance.busy += instance.clock.now - began
             if output is not None:
+                instance.steps += output.steps if output.seconds else 0
                 for ended in output.ended:
                     self._slice_ended(instance, ended, now)
             self._idle[instance.number] = None
@@ -207,13 +255,26 @@ class _Cluster:
             for request in batch.requests:
                 self._open(instance, request)
                 self._batch_of[request.id] = state
-            if instance.ends_at == math.inf:
-                self._idle[batch.instance] = None
-                continue
-            instance.engine.cut(now)
-            if instance.engine.ends_at != instance.ends_at:
-                instance.ends_at = instance.engine.ends_at
-                heappush(self._ends, (instance.ends_at, instance.number))
+            self._interrupt(instance, now)
+
+    def _move(self, now: float) -> None:
+        if self._dispatcher.move_due > now:
+            return
+        for number, slice_id in self._dispatcher.moves(now):
+            self._moves += 1
+            instance = self._instances[number]
+            instance.runtime.cancel(slice_id)
+            self._interrupt(instance, now)
+
+    def _interrupt(self, instance: _Instance, now: float) -> None:
+        """Let an instance see what it was sent, after the step that it is in."""
+        if instance.ends_at == math.inf:
+            self._idle[instance.number] = None
+            return
+        instance.engine.cut(now)
+        if instance.engine.ends_at != instance.ends_at:
+            instance.ends_at = instance.engine.ends_at
+            heappush(self._ends, (instance.ends_at, instance.number))
 
     def _tell_progress(self, now: float) -> None:
         for instance in self._instances:
@@ -264,9 +325,11 @@ class _Cluster:
         return InstanceRun(
             completed_at=instance.clock.now,
             busy=instance.busy,
-            decode_steps=ticks.count,
+            ticks=ticks,
+            steps=instance.steps,
             memory=memory,
             evictions=scheduler.evictions,
+            cached_tokens=instance.engine.cached_tokens,
             batches=box.batches if box else [],
             pad_tokens=box.pad_tokens if box else 0,
             invalid_tokens=box.invalid_tokens if box else 0,

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from penstock import __version__
 from penstock.bench.result import machine, seconds, share
 from penstock.bench.workload import Workload
+from penstock.core.policies.fleets import FLEETS, SLICE_PARAMETERS
 from penstock.core.policies.presets import PRESETS
 from penstock.sim import chrome_trace as trace_writer
 from penstock.sim.simulation import Simulation, simulation_of
@@ -86,6 +87,12 @@ class MachineOptions:
         max_batch: Most requests in a step.
         prefill_budget: Most tokens in a step; prompts are cut into chunks that fit.
         profile: Step times: the name of a model and GPU, or a profile's file.
+        instances: Machines of this kind.
+        place: How requests are placed on them: round-robin, least-outstanding, power-of-two,
+            forecast-aware, or max-min for presets with slices; by default in turn, or as the
+            preset does it.
+        padded: Static batches are rectangles: prompts padded to the longest, and every row
+            computed until the last one ends.
         steps_only: No step times: a decode step is the unit and admission costs none. All
             requests wait from the start unless --clients or --rate is given, outputs are not
             cut at the cap, Past-Future starts with 512 as the past (--cold-start), and
@@ -102,6 +109,9 @@ class MachineOptions:
     max_batch: int = 1024
     prefill_budget: int = 2048
     profile: str | None = None
+    instances: int = 1
+    place: str | None = None
+    padded: bool = False
     steps_only: bool = False
 
 
@@ -164,7 +174,7 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
     return [
         RunSpec(
             preset=name,
-            parameters={k: v for k, v in overrides.items() if k in known[name]},
+            parameters={k: v for k, v in overrides.items() if k in known.get(name, ())},
             trace=None if asked.trace is None else str(asked.trace),
             lengths=asked.lengths,
             input=_lengths(asked.input),
@@ -186,6 +196,9 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
             plan_every=given.plan_every,
             profile=given.profile,
             steps_only=given.steps_only,
+            instances=given.instances,
+            place=given.place,
+            padded=given.padded,
             seed=asked.seed,
         )
         for name in names
@@ -197,7 +210,9 @@ def _parameters_of(
 ) -> dict[str, Mapping[str, object]]:
     """The parameters of each preset; each override is one of somebody's."""
     known: dict[str, Mapping[str, object]] = {
-        name: PRESETS[name].parameters if name in PRESETS else {} for name in names
+        name: SLICE_PARAMETERS if name in FLEETS else PRESETS[name].parameters
+        for name in names
+        if name in FLEETS or name in PRESETS
     }
     for parameter in overrides:
         if not any(parameter in parameters for parameters in known.values()):

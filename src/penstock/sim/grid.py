@@ -17,7 +17,6 @@ from penstock.sim.spec import RunSpec, SpecError, digest_of, latency_model, poli
 
 _REQUESTS = {field.name for field in fields(RequestOptions)}
 _MACHINE = {field.name for field in fields(MachineOptions)} - {"parameters"}
-_BEYOND = {"instances"}  # fields of a specification that are no options of `simulate`
 _PARAMETER = "parameters."
 
 
@@ -38,7 +37,7 @@ def parse_axis(text: str) -> Axis:
     name = name.strip().replace("-", "_")
     kind = _kind(name)
     if not equals or kind is None:
-        names = ", ".join(sorted(_REQUESTS | _MACHINE | _BEYOND))
+        names = ", ".join(sorted(_REQUESTS | _MACHINE))
         msg = f"--over {text!r}: write FIELD=V1,V2,... with one of: {names}, parameters.NAME"
         raise SpecError(msg)
     pieces = [p.strip() for p in tail.split(";" if ";" in tail else ",") if p.strip()]
@@ -116,16 +115,13 @@ def _specs(
     if "trace" in requests:
         requests["trace"] = Path(requests["trace"])
     machine = {name: value for name, value in chosen.items() if name in _MACHINE}
-    beyond = {name: value for name, value in chosen.items() if name in _BEYOND}
     asked = replace(asked, **requests)
-    if asked.trace is not None:
-        if asked.trace not in digests:
-            digests[asked.trace] = digest_of(asked.trace)
-        beyond["trace_digest"] = digests[asked.trace]
-    return [
-        msgspec.structs.replace(spec, **beyond)
-        for spec in specs_of(asked, replace(given, parameters=parameters, **machine))
-    ]
+    specs = specs_of(asked, replace(given, parameters=parameters, **machine))
+    if asked.trace is None:
+        return specs
+    if asked.trace not in digests:
+        digests[asked.trace] = digest_of(asked.trace)
+    return [msgspec.structs.replace(spec, trace_digest=digests[asked.trace]) for spec in specs]
 
 
 def _kind(name: str) -> Any:
@@ -136,7 +132,7 @@ def _kind(name: str) -> Any:
         return str
     if name == "cold_start":
         return int
-    return _types().get(name) if name in _REQUESTS | _MACHINE | _BEYOND else None
+    return _types().get(name) if name in _REQUESTS | _MACHINE else None
 
 
 @cache

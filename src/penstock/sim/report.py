@@ -15,8 +15,9 @@ from penstock.sim import figures
 from penstock.sim.figures import Curve, Timeline, colour, svg
 from penstock.sim.outcome import attempt_of
 from penstock.sim.page import Key, Picture, Section, Table, write
+from penstock.sim.result import ClassResult
 from penstock.sim.simulation import Simulation, simulation_of
-from penstock.sim.spec import ClassResult, RunSpec, workload_of
+from penstock.sim.spec import RunSpec, workload_of
 from penstock.sim.sweep import Cell, Group, groups, varying
 
 _LONG = {

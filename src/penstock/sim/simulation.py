@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from penstock.bench.goodput import BOUNDS
 from penstock.bench.result import seconds, share
 from penstock.bench.workload import Workload
+from penstock.sim.cluster import ClusterRun
 from penstock.sim.observe import Observation, observed
 from penstock.sim.outcome import attempt_of
+from penstock.sim.result import RunResult, result_of
 from penstock.sim.run import Run
 from penstock.sim.spec import (
-    RunResult,
     RunSpec,
     check_workload,
-    result_of,
+    cluster_of,
     simulate_spec,
     workload_of,
 )
@@ -38,6 +39,7 @@ class Simulation:
         summary: the numbers, by the definitions of ``docs/bench.md``.
         behaviour: the behaviour study's numbers; None with a latency model.
         observations: one per run, if they were asked for: what happened step by step.
+        cluster: what came of instances behind a dispatcher, if there is one.
     """
 
     spec: RunSpec
@@ -46,6 +48,7 @@ class Simulation:
     summary: RunResult
     behaviour: Behaviour | None
     observations: tuple[Observation, ...] = ()
+    cluster: ClusterRun | None = None
 
     def table(self) -> pl.DataFrame:
         """The attempts in the order in which they ended, one row each; times in seconds."""
@@ -99,6 +102,8 @@ class Simulation:
                 "latency": summary.latency,
                 "classes": summary.classes,
             }
+        if self.cluster is not None:
+            data["cluster"] = self.cluster.summary()
         return data
 
     def lines(self) -> list[tuple[str, str]]:
@@ -182,11 +187,15 @@ def simulation_of(spec: RunSpec, workload: Workload, *, observe: bool = False) -
     """
     began = time.perf_counter()
     seen: list[Observation] = []
-    if observe:
+    cluster = None
+    if spec.pooled and not observe:
+        cluster = cluster_of(spec, workload)
+        runs = cluster.runs()
+    elif observe:
         runs, seen = observed(spec, workload)
     else:
         runs = simulate_spec(spec, workload)
     wall = time.perf_counter() - began
     study = behaviour(runs[0], spec.kv_tokens) if spec.steps_only else None
     summary = result_of(runs, workload, wall)
-    return Simulation(spec, workload, tuple(runs), summary, study, tuple(seen))
+    return Simulation(spec, workload, tuple(runs), summary, study, tuple(seen), cluster)

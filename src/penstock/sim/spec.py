@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ import msgspec
 
 from penstock import __version__
 from penstock.bench.command import LoadOptions, WorkloadOptions, build_workload
-from penstock.bench.goodput import Summary, summarize
 from penstock.bench.traces import SORTED
 from penstock.bench.workload import Workload, parse_slo
 from penstock.core.forecast.latency.affine import DecodeSteps
 from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
+from penstock.core.policies.fleets import FLEETS
 from penstock.core.types import Capabilities, OnMiss
 from penstock.sim import profiles
+from penstock.sim.cluster import ClusterRun
 from penstock.sim.fit import misfit
-from penstock.sim.outcome import attempt_of
+from penstock.sim.fleet import simulate_fleet
 from penstock.sim.prefixes import check_prefixes, prefixes_of
+from penstock.sim.result import RunResult, result_of
 from penstock.sim.run import Job, Run, Source, Watch, run
 from penstock.sim.sources import ClosedLoop, OpenLoop
 from penstock.sim.study import count_bounces, study_policy
@@ -64,7 +66,10 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         profile: name of the step-time profile.
         steps_only: no profile: a decode step is one second, prefill takes no time, and the cap
             does not cut outputs.
-        instances: machines of this kind; requests go to them in turn.
+        instances: machines of this kind.  Requests go to them in turn, unless ``place`` or a
+            preset with slices says otherwise.
+        place: how requests are placed on instances; None: in turn, or as the preset does it.
+        padded: instances run static batches as rectangles; for presets with static batches.
         seed: of lengths, arrivals, classes and the policy's draws.
     """
 
@@ -93,6 +98,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     profile: str | None = None
     steps_only: bool = False
     instances: int = 1
+    place: str | None = None
+    padded: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -113,9 +120,23 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if not 0 < self.speed < float("inf"):
             msg = f"speed is {self.speed}; it must be above 0"
             raise SpecError(msg)
-        if self.instances > 1 and self.clients is not None:
-            msg = f"instances is {self.instances}; several instances need an open loop"
+        if self.instances > 1 and self.clients is not None and not self.pooled:
+            msg = f"instances is {self.instances}; without a place, several need an open loop"
             raise SpecError(msg)
+        if self.pooled and self.steps_only:
+            msg = f"preset {self.preset} with place {self.place} needs a profile, not steps_only"
+            raise SpecError(msg)
+        static = self.preset == "sls" or (
+            self.preset in FLEETS and FLEETS[self.preset].instance == "sls"
+        )
+        if self.padded and not (self.pooled and static):
+            msg = "padded is for static batches: scls presets, and sls with a place; this is "
+            raise SpecError(msg + self.policy_name)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a dispatcher stands before the instances."""
+        return self.place is not None or self.preset in FLEETS
 
     @property
     def load(self) -> float:
@@ -143,49 +164,6 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-class ClassResult(msgspec.Struct, frozen=True):
-    """Attempts of one SLO class."""
-
-    attempts: int
-    met: int
-    attainment: float | None
-    goodput_output_tps: float
-    broken: dict[str, int]
-
-
-class RunResult(msgspec.Struct, frozen=True):
-    """What came of a run; the terms are those of ``docs/bench.md``.
-
-    Attributes:
-        evicted_ratio: evictions over finished requests.
-        prefix_hits: prompt tokens found in the prefix cache, over all prompt tokens.
-        memory: mean share of the KV memory in use over decode steps.
-        seconds: simulated; ``wall_s`` is what it took to simulate.
-        latency: by name (ttft, tpot, gap, e2e): mean, p50, p90, p99 of finished requests.
-        notes: what was left out or changed on the way.
-    """
-
-    attempts: int
-    finished: int
-    attainment: float | None
-    goodput_output_tps: float
-    goodput_total_tps: float
-    goodput_rps: float
-    throughput_output_tps: float
-    memory: float
-    evictions: int
-    evicted_ratio: float | None
-    prefix_hits: float
-    decode_steps: int
-    steps: int
-    seconds: float
-    wall_s: float
-    ends: dict[str, int]
-    latency: dict[str, dict[str, float]]
-    classes: dict[str, ClassResult]
-    notes: tuple[str, ...] = ()
-
-
 def one_run(spec: RunSpec) -> RunResult:
     """Simulate a specification.
 
@@ -197,6 +175,25 @@ def one_run(spec: RunSpec) -> RunResult:
     workload = workload_of(spec)
     runs = simulate_spec(spec, workload)
     return result_of(runs, workload, time.perf_counter() - began)
+
+
+def cluster_of(spec: RunSpec, workload: Workload) -> ClusterRun:
+    """Simulate instances behind a dispatcher.
+
+    Raises:
+        ValueError: it cannot be simulated; names what and why.
+    """
+    return simulate_fleet(
+        spec.preset,
+        _source(spec, jobs_of(spec, workload)),
+        capabilities_of(spec),
+        spec.instances,
+        latency_model(spec),
+        place=spec.place,
+        seed=spec.seed,
+        parameters=spec.parameters,
+        padded=spec.padded,
+    )
 
 
 def simulate_spec(
@@ -213,6 +210,11 @@ def simulate_spec(
         policy: instead of the specification's, for observers that wrap it; one instance only.
         watch: see :func:`penstock.sim.run.run`.
     """
+    if spec.pooled:
+        if policy is not None or watch is not None:
+            msg = f"preset {spec.preset} with place {spec.place} cannot be watched step by step"
+            raise SpecError(msg)
+        return cluster_of(spec, workload).runs()
     latency = latency_model(spec)
     machine = capabilities_of(spec)
     jobs = jobs_of(spec, workload)
@@ -223,42 +225,6 @@ def simulate_spec(
         done = run(source, machine, chosen, latency, enforce_caps=not spec.steps_only, watch=watch)
         runs.append(count_bounces(done, chosen))
     return runs
-
-
-def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResult:
-    """Sum instances up as one system, over the whole of their time."""
-    records = [record for each in runs for record in each.records]
-    seconds = max(each.seconds for each in runs)
-    summary = summarize(map(attempt_of, records), 0.0, seconds)
-    finished = summary.ends.get("completed", 0)
-    evictions = sum(each.evictions for each in runs)
-    steps = sum(each.decode_steps for each in runs)
-    held = sum(each.memory * each.decode_steps for each in runs)
-    notes = workload.notes
-    if workload.hash_ids is not None and not any(each.cached_tokens for each in runs):
-        notes = (*notes, "prefixes that the trace's requests share are computed anew each time")
-    prompts = sum(record.job.prompt for record in records)
-    return RunResult(
-        attempts=summary.attempts,
-        finished=finished,
-        attainment=summary.attainment,
-        goodput_output_tps=summary.goodput_output_tps,
-        goodput_total_tps=summary.goodput_total_tps,
-        goodput_rps=summary.goodput_rps,
-        throughput_output_tps=summary.throughput_output_tps,
-        memory=held / steps if steps else 0.0,
-        evictions=evictions,
-        evicted_ratio=evictions / finished if finished else None,
-        prefix_hits=sum(each.cached_tokens for each in runs) / prompts if prompts else 0.0,
-        decode_steps=steps,
-        steps=sum(each.steps for each in runs),
-        seconds=seconds,
-        wall_s=wall_s,
-        ends=dict(summary.ends),
-        latency={name: dict(row) for name, row in summary.percentiles.items()},
-        classes=_classes(summary),
-        notes=notes,
-    )
 
 
 def workload_of(spec: RunSpec) -> Workload:
@@ -374,10 +340,6 @@ def _source(spec: RunSpec, jobs: Sequence[Job]) -> Source:
     if spec.clients is None:
         return OpenLoop(jobs)
     return ClosedLoop(jobs, spec.clients, retries=spec.retries)
-
-
-def _classes(summary: Summary) -> dict[str, ClassResult]:
-    return {name: ClassResult(**asdict(part)) for name, part in summary.classes.items()}
 
 
 def _plain(value: float | None) -> str:

@@ -20,7 +20,8 @@ import msgspec
 from penstock import __version__
 from penstock.sim.interval import Interval, interval
 from penstock.sim.parallel import outcomes
-from penstock.sim.spec import RunResult, RunSpec, SpecError, latency_model, one_run
+from penstock.sim.result import RunResult
+from penstock.sim.spec import RunSpec, SpecError, latency_model, one_run
 
 if TYPE_CHECKING:
     import polars as pl

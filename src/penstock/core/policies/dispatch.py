@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from penstock.core.forecast.slices import SliceCost
+from penstock.core.policies.move.by_gain import ByGain
 
 
 class InstanceView(NamedTuple):
@@ -113,6 +114,7 @@ class DispatchPolicy:
         slice_tokens: most output tokens that a request gets before it is back in the pool;
             0: as many as it may have.
         safety: share of an instance's KV memory that the estimates fill.
+        move: whether and when requests change their instance; None: never.
     """
 
     batch: BatchPolicy
@@ -120,6 +122,7 @@ class DispatchPolicy:
     interval: Interval
     slice_tokens: int = 0
     safety: float = 0.9
+    move: ByGain | None = None
 
     def __post_init__(self) -> None:
         if self.slice_tokens < 0:
@@ -132,4 +135,14 @@ class DispatchPolicy:
     @property
     def needs_cost(self) -> bool:
         """Whether slices must be priced."""
-        return self.batch.needs_cost or self.place.needs_cost
+        return self.batch.needs_cost or self.place.needs_cost or self.move is not None
+
+    @property
+    def priced_tokens(self) -> int:
+        """Tokens of the slices whose prices it needs."""
+        return self.move.slice_tokens if self.move is not None else self.slice_tokens
+
+    @property
+    def needs_progress(self) -> bool:
+        """Whether the dispatcher must know how far requests are when it is asked."""
+        return self.place.needs_progress or self.move is not None

@@ -13,10 +13,12 @@ from types import MappingProxyType
 
 import numpy as np
 
+from penstock.core.forecast.lengths import LengthHistory
 from penstock.core.policies import presets
 from penstock.core.policies.batch.each import Each
 from penstock.core.policies.batch.packed import Packed
 from penstock.core.policies.dispatch import DispatchPolicy, Interval, PlacePolicy
+from penstock.core.policies.move.by_gain import ByGain
 from penstock.core.policies.place.forecast_aware import ForecastAware
 from penstock.core.policies.place.least_outstanding import LeastOutstanding
 from penstock.core.policies.place.max_min import MaxMin
@@ -45,6 +47,9 @@ interval between two looks at the pool.  ``safety``: share of the KV memory that
 """
 
 
+_PAST = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class FleetPreset:
     """A named composition with slices.
@@ -55,6 +60,8 @@ class FleetPreset:
         fixed: batches have at most ``batch_size`` requests.
         place: the name of its placement.
         intervals: ``none``, ``fixed`` or ``adaptive``.
+        instance: preset of the instances.
+        keeps: requests stay where they are, with their KV, unless a move gains.
     """
 
     name: str
@@ -63,6 +70,8 @@ class FleetPreset:
     fixed: bool
     place: str
     intervals: str
+    instance: str = "sls"
+    keeps: bool = False
 
 
 _SCLS = "SCLS (arXiv 2406.13511)"
@@ -90,6 +99,11 @@ FLEETS: Mapping[str, FleetPreset] = MappingProxyType(
                 "scls", f"{_SCLS}: and with an adaptive interval",
                 packed=True, fixed=False, place="max-min", intervals="adaptive",
             ),
+            FleetPreset(
+                "scls-kv", "our own: slices that keep their KV, and move only for a gain",
+                packed=False, fixed=False, place="least-outstanding", intervals="none",
+                instance="past-future", keeps=True,
+            ),
         )
     }
 )  # fmt: skip
@@ -108,7 +122,7 @@ class Fleet:
 
     dispatch: DispatchPolicy
     preset: str
-    parameters: Mapping[str, float | int]
+    parameters: Mapping[str, float | None]
 
 
 def build_fleet(
@@ -116,7 +130,7 @@ def build_fleet(
     *,
     place: str | None = None,
     seed: int = 0,
-    parameters: Mapping[str, float | int] = MappingProxyType({}),
+    parameters: Mapping[str, float | None] = MappingProxyType({}),
 ) -> Fleet:
     """Make a preset's answers for several instances.
 
@@ -150,7 +164,13 @@ def build_fleet(
         known = ", ".join(SLICE_PARAMETERS)
         msg = f"preset {name!r} has no parameter {unknown[0]!r}; it has: {known}"
         raise ValueError(msg)
-    return _sliced(fleet, PLACES[place or fleet.place](rng), {**SLICE_PARAMETERS, **parameters})
+    values = dict(SLICE_PARAMETERS)
+    for key, value in parameters.items():
+        if value is None:
+            msg = f"{key} is None; it must be a number"
+            raise ValueError(msg)
+        values[key] = value
+    return _sliced(fleet, PLACES[place or fleet.place](rng), values)
 
 
 def _sliced(fleet: FleetPreset, place: PlacePolicy, values: Mapping[str, float | int]) -> Fleet:
@@ -163,6 +183,9 @@ def _sliced(fleet: FleetPreset, place: PlacePolicy, values: Mapping[str, float |
         0.0 if fleet.intervals == "none" else values["interval"],
         values["interval_share"] if fleet.intervals == "adaptive" else 0.0,
     )
+    if fleet.keeps:
+        move = ByGain(LengthHistory(_PAST), slice_tokens)
+        return Fleet(DispatchPolicy(Each(), place, interval, move=move), fleet.instance, {})
     batch = Packed(size if fleet.fixed else 0) if fleet.packed else Each()
     dispatch = DispatchPolicy(batch, place, interval, slice_tokens, values["safety"])
-    return Fleet(dispatch, "sls", {} if fleet.packed else {"batch_size": size})
+    return Fleet(dispatch, fleet.instance, {} if fleet.packed else {"batch_size": size})

@@ -1,0 +1,64 @@
+"""A named preset on several simulated instances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from penstock.core.dispatcher import Dispatcher
+from penstock.core.forecast.latency.base import LatencyModel
+from penstock.core.policies import presets
+from penstock.core.policies.fleets import FLEETS, build_fleet
+from penstock.core.types import Capabilities
+from penstock.sim.cluster import ClusterRun, run_cluster
+from penstock.sim.run import Source
+from penstock.sim.slicing import cost_of, price
+
+
+def simulate_fleet(
+    preset: str,
+    source: Source,
+    capabilities: Capabilities,
+    instances: int,
+    latency: LatencyModel,
+    *,
+    place: str | None = None,
+    seed: int = 0,
+    parameters: Mapping[str, float | None],
+    padded: bool = False,
+) -> ClusterRun:
+    """Simulate a preset until the source has no more jobs and all have ended.
+
+    Args:
+        capabilities: of each instance.
+        place: instead of the preset's; None for an instance preset: in turn.
+        padded: instances run static batches as rectangles, the prompts of one in one step.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range; it names the parameter.
+    """
+    chosen = place or (None if preset in FLEETS else "round-robin")
+    fleet = build_fleet(preset, place=chosen, seed=seed, parameters=parameters)
+    dispatch, cost = fleet.dispatch, None
+    if dispatch.needs_cost:
+        cost = cost_of(
+            price(latency).model,
+            slice_tokens=dispatch.priced_tokens,
+            safety=dispatch.safety,
+            most=capabilities.max_batch,
+        )
+    if padded:
+        room = capabilities.max_batch * capabilities.max_request_tokens
+        capabilities = replace(capabilities, max_step_tokens=room)
+    options: dict[str, Any] = dict(fleet.parameters)
+    # Each instance draws for itself.
+    return run_cluster(
+        source,
+        capabilities,
+        instances,
+        lambda number: presets.build(fleet.preset, seed=(seed << 16) + number, **options),
+        latency,
+        Dispatcher(dispatch, cost),
+        padded=padded,
+    )
