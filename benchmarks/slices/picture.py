@@ -18,6 +18,7 @@ LINES = {
     "scls": ("#2b6cb0", "-"),
     "scls paged": ("#2b6cb0", "--"),
     "vllm": ("#b83280", "-"),
+    "scls-kv": ("#000000", ":"),
     "past-future": ("#2f855a", "-"),
 }
 Row = dict[str, Any]
@@ -88,4 +89,5 @@ def _slices(axis: Axes, rows: list[Row]) -> None:
         ylim=(0, None),
     )  # fmt: skip
     axis.set_xticks([32, 64, 128, 256, 512], ["32", "64", "128", "256", "512"])
+    axis.set_xticks([], minor=True)
     axis.legend(fontsize=8)

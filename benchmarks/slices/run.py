@@ -12,7 +12,7 @@ computed until the last one ends or the slice does, as with Hugging Face's ``gen
 batches continuously with at most 16 requests at a time, as the systems that SCLS was compared with
 do; ``vllm`` and ``past-future`` are what continuous batching with paged memory is today.  They go
 to the instances in turn.  ``paged``: the same slices on an engine that neither pads nor computes
-rows that have ended.
+rows that have ended.  ``scls-kv``: continuous batching, and requests may move after a slice.
 
 What to expect, written before it was measured: ``scls`` above ``sls`` by two to four times at
 overload, most of it from larger batches; above ``ils`` at 16 by little, since that one wastes

@@ -88,7 +88,7 @@ def test_ten_thousand_requests_take_less_than_a_tenth_of_a_second() -> None:
     form = (2e-6, 1e-3, 1e-6, 1e-2)
     cost = SliceCost(Bilinear(form, form), tokens=128, room=64_000, most=256)
     took = []
-    for _ in range(5):
+    for _ in range(20):
         began = time.perf_counter()
         batches = Packed().batches(lengths, cost)
         took.append(time.perf_counter() - began)
