@@ -127,6 +127,19 @@ def test_a_step_in_which_nothing_changes_names_the_same_tuple() -> None:
     assert hand.step().decode == ("b",)
 
 
+def test_what_follows_does_not_depend_on_the_order_in_which_an_engine_names_ends() -> None:
+    def after(*stops: str) -> tuple[list[str], tuple[str, ...], list[str]]:
+        hand = Hand(ROOMY, "vllm")
+        for name in "abcdef":
+            hand.add(name, 5, 50)
+        hand.step()
+        hand.step(stop=stops)
+        plan = hand.step()
+        return list(hand.ended), plan.decode, [drop.id for drop in plan.drops]
+
+    assert after("e", "a", "c") == after("a", "c", "e") == after("c", "e", "a")
+
+
 def test_stop_and_length_at_the_same_token_are_a_stop() -> None:
     hand = Hand(ROOMY, "vllm")
     hand.add("a", 5, 2)

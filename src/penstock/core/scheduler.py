@@ -9,7 +9,9 @@ served (when nothing runs, the head of the queue is admitted over any deferral).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from penstock.core.admission import Admission, Draft
@@ -31,6 +33,9 @@ from penstock.core.types import (
     StepPlan,
     StepResult,
 )
+
+
+_BY_ARRIVAL = attrgetter("seq")
 
 
 class _Flight(NamedTuple):
@@ -185,8 +190,8 @@ class Scheduler:
         books = self._books
         stale = frozenset(books.leaving.lingering).union(result.failed)
         # Before this plan counts as confirmed: they have no token of it.
-        for request_id, detail in result.failed.items():
-            self.cancel(request_id, FinishReason.FAILED, detail)
+        for entry in self._in_order(result.failed):
+            self.cancel(entry.request.id, FinishReason.FAILED, result.failed[entry.request.id])
         for chunk in flight.chunks if result.failed else ():
             if chunk.id in result.failed:
                 for _, key in chunk.publish:
@@ -196,10 +201,9 @@ class Scheduler:
             books.coast(result.steps - 1)
             tick += result.steps - 1
         books.confirmed = Confirmed(books.number if result.steps > 1 else flight.number, tick)
-        for request_id, keys in result.stopped.items():
-            entry = books.entries.get(request_id)
-            if entry is not None:
-                self._end(entry, FinishReason.STOP, entry.base + tick, keys=keys)
+        for entry in self._in_order(result.stopped):
+            keys = result.stopped[entry.request.id]
+            self._end(entry, FinishReason.STOP, entry.base + tick, keys=keys)
         for entry in flight.capped:
             if entry.state is State.DRAINING:
                 self._end(entry, FinishReason.LENGTH, entry.generated)
@@ -259,6 +263,14 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError if the books contradict themselves (when idle, and in tests)."""
         self._books.check()
+
+    def _in_order(self, named: Iterable[RequestId]) -> list[Entry]:
+        """Those that have not ended, by arrival: what follows is not to depend on the engine."""
+        entries = self._books.entries
+        found = [entries[request_id] for request_id in named if request_id in entries]
+        if len(found) > 1:
+            found.sort(key=_BY_ARRIVAL)
+        return found
 
     def _check_fits(self, request: Request) -> None:
         longest = request.prompt_tokens + request.cap
