@@ -34,7 +34,6 @@ from penstock.core.types import (
     StepResult,
 )
 
-
 _BY_ARRIVAL = attrgetter("seq")
 
 
