@@ -181,3 +181,28 @@ def test_request_id_comes_back(server: Server) -> None:
     bad = server.post("/v1/completions", body, {"x-request-id": "no spaces"})
     assert bad.status_code == 400
     assert bad.json()["error"]["param"] == "x-request-id"
+
+
+def test_token_ids_are_those_of_the_text(client: openai.OpenAI) -> None:
+    prompt = "The water comes down"
+    options = {"model": "demo", "prompt": prompt, "max_tokens": 40}
+    asked = {**options, "extra_body": {"return_token_ids": True}}
+    whole = client.completions.create(**asked)
+    choice = whole.choices[0].model_dump()
+    assert choice["prompt_token_ids"] == TEXT.encode(prompt)
+    assert whole.usage is not None
+    assert len(choice["token_ids"]) == whole.usage.completion_tokens
+    context = TEXT.decode(choice["prompt_token_ids"])
+    text = TEXT.decode([*choice["prompt_token_ids"], *choice["token_ids"]])
+    assert text.removeprefix(context) == choice["text"]
+    chunks = [c.choices[0].model_dump() for c in client.completions.create(**asked, stream=True)]
+    assert [c["prompt_token_ids"] for c in chunks if "prompt_token_ids" in c] == [
+        TEXT.encode(prompt)
+    ]
+    assert [i for c in chunks for i in c["token_ids"]] == choice["token_ids"]
+    # Those that have come are those of the text that has come, unless a character is incomplete.
+    ids, said = choice["prompt_token_ids"], ""
+    for chunk in chunks[:-2]:
+        ids, said = [*ids, *chunk["token_ids"]], said + chunk["text"]
+        assert TEXT.decode(ids).removeprefix(context) == said
+    assert "token_ids" not in client.completions.create(**options).choices[0].model_dump()

@@ -8,15 +8,21 @@ from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import __version__
+from penstock.server.answers import (
+    error_response,
+    json_response,
+    on_exception,
+    on_http_exception,
+    read_body,
+)
 from penstock.server.errors import ApiError, unavailable
 from penstock.server.metrics import CONTENT_TYPE
 from penstock.server.reply import RAW_SEND
@@ -95,8 +101,8 @@ def build_app(service: Service) -> ASGIApp:
         ],
         exception_handlers={
             ApiError: routes.on_api_error,
-            HTTPException: _on_http_exception,
-            Exception: _on_exception,
+            HTTPException: on_http_exception,
+            Exception: on_exception,
         },
     )
     return Edge(app, service)
@@ -115,7 +121,7 @@ class _Routes:
         async def endpoint(request: Request) -> Any:
             headers = headers_of(request.scope["headers"])
             request_id_of(headers)
-            raw = await _read_body(request, self._service.config.http.max_body_bytes)
+            raw = await read_body(request, self._service.config.http.max_body_bytes)
             return await handle(raw, headers)
 
         return endpoint
@@ -123,7 +129,7 @@ class _Routes:
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``."""
         del request
-        return _json({"object": "list", "data": [self._model()]})
+        return json_response({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/{id}``."""
@@ -131,7 +137,7 @@ class _Routes:
         if name != self._service.model:
             msg = f"model {name!r} does not exist; this server has {self._service.model!r}"
             raise ApiError(404, msg, code="model_not_found", param="model")
-        return _json(self._model())
+        return json_response(self._model())
 
     def _model(self) -> dict[str, object]:
         ready = self._service.client.ready
@@ -161,22 +167,22 @@ class _Routes:
             }
             for choice in reply.choices
         ]
-        return _json({"id": name, "object": "penstock.request", "choices": choices})
+        return json_response({"id": name, "object": "penstock.request", "choices": choices})
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: the front end answers."""
         del request
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
         """``GET /ready``: requests will be taken."""
         del request
         service = self._service
         if service.draining:
-            return _json({"ready": False, "reason": "shutting down"}, 503)
+            return json_response({"ready": False, "reason": "shutting down"}, 503)
         if not service.client.alive:
-            return _json({"ready": False, "reason": "the engine is not loaded"}, 503)
-        return _json({"ready": True})
+            return json_response({"ready": False, "reason": "the engine is not loaded"}, 503)
+        return json_response({"ready": True})
 
     async def metrics(self, request: Request) -> Response:
         """``GET /metrics``: Prometheus text."""
@@ -187,14 +193,14 @@ class _Routes:
     async def version(self, request: Request) -> Response:
         """``GET /version``."""
         del request
-        return _json({"version": __version__})
+        return json_response({"version": __version__})
 
     async def stats(self, request: Request) -> Response:
         """``GET /stats``: what the live page shows."""
         del request
         service = self._service
         gauges, ready = service.client.gauges, service.client.ready
-        return _json(
+        return json_response(
             {
                 "model": service.model,
                 "preset": service.config.scheduler.preset,
@@ -233,47 +239,3 @@ class _Routes:
             message=error.message,
         )
         return error_response(error)
-
-
-def error_response(error: ApiError) -> Response:
-    """An error as a response."""
-    headers = {"content-type": "application/json", **error.headers}
-    return Response(error.body(), error.status, headers)
-
-
-def _json(content: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    length = request.headers.get("content-length", "0")
-    too_long = ApiError(
-        413, f"the body is longer than the limit of {limit} bytes", code="request_too_large"
-    )
-    # What is left of the body will not be read, so the connection cannot be used again.
-    too_long.headers["connection"] = "close"
-    if length.isdigit() and int(length) > limit:
-        raise too_long
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_long
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    answer = ApiError(error.status_code, message, code=code, headers=error.headers)
-    return error_response(answer)
-
-
-async def _on_exception(request: Request, error: Exception) -> Response:
-    del request
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
-    message = "an internal error; the server's log has the details"
-    return error_response(ApiError(500, message, code="internal_error", kind="server_error"))

@@ -76,6 +76,8 @@ class Choice:
         silent: ids that end a request and are not text (end-of-sequence, ``stop_token_ids``).
         finish_reason: ``stop`` or ``length`` once it ended well.
         error: the error it ended with, otherwise.
+        prompt: the prompt's ids, if the client wants ids; only then output ids are kept.
+        ids: output ids whose text is out, and at the end all the rest.
     """
 
     id: str
@@ -94,6 +96,9 @@ class Choice:
     reason: FinishReason | None = None
     finish_reason: str | None = None
     error: ApiError | None = None
+    prompt: Sequence[int] | None = None
+    ids: list[int] = field(default_factory=list)
+    _unsaid: list[int] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -111,6 +116,8 @@ class Choice:
             times.first = now
         times.last = now
         self.tokens += 1
+        if self.prompt is not None:
+            self._unsaid.append(token_id)
         if token_id in self.silent:
             return False
         text = self.text.push(token_id)
@@ -118,6 +125,7 @@ class Choice:
             self.logprobs.append(LogprobEntry(token_id, *detail))
         if text:
             self.pending += text
+            self._say()
             self.mailbox.ring()
         return self.text.stopped
 
@@ -125,6 +133,7 @@ class Choice:
         """No more tokens will come.  ``wait`` is how long a refused request had better wait."""
         self.reason = reason
         self.times.end = now
+        self._say()
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.finish_reason = reason.value
             self.pending += self.text.finish()
@@ -133,6 +142,15 @@ class Choice:
         else:
             self.error = error_of(reason, detail, wait)
         self.mailbox.ring()
+
+    def _say(self) -> None:
+        self.ids += self._unsaid
+        self._unsaid.clear()
+
+    def take_ids(self) -> list[int]:
+        """Ids since the last take."""
+        ids, self.ids = self.ids, []
+        return ids
 
     def fail(self, error: ApiError, now: float) -> None:
         """End it with an error that the scheduler knows nothing of."""

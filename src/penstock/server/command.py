@@ -78,7 +78,8 @@ def explain(
 def _serve(config: Config) -> int:
     from penstock.models import ModelNotFoundError, model_path
     from penstock.server.factories import build_policy
-    from penstock.server.serve import bind, serve_until_stopped
+    from penstock.server.listen import bind
+    from penstock.server.serve import serve_until_stopped
     from penstock.text.tokenizer import load_tokenizer
 
     chosen = config.scheduler

@@ -236,6 +236,7 @@ class CompletionBody(CommonBody):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: Literal[False] = False
     best_of: Literal[1] = 1
+    return_token_ids: bool = False
 
     @field_validator("prompt", mode="before")
     @classmethod

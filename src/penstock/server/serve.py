@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import logging
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
-import uvicorn
 import uvloop
 
-from penstock.config import Config, ConfigError
+from penstock.config import Config
 from penstock.core.gate import Limits
 from penstock.core.policies import presets
 from penstock.server.app import build_app
 from penstock.server.client import EngineClient
 from penstock.server.errors import unavailable
 from penstock.server.factories import EngineSpec
-from penstock.server.limits import limited_protocol
+from penstock.server.listen import HttpServer, configure_logs
 from penstock.server.messages import Event, Ready
 from penstock.server.metrics import Metrics
 from penstock.server.service import Service
 from penstock.server.supervisor import EngineStartError, Supervisor
 from penstock.text.tokenizer import TextTokenizer
 
-# Longer than clients keep idle connections, so that it is they who close them: a request that
-# meets a connection which the server is closing fails for no good reason.
-_KEEP_ALIVE = 30
 _LAST_WORDS = 1.0  # for errors to reach their clients
 
 
@@ -45,55 +38,11 @@ def serve_until_stopped(
     Args:
         path: the model's folder.
         text: its tokenizer.
-        sock: a bound socket, see :func:`bind`.
+        sock: a bound socket, see :func:`penstock.server.listen.bind`.
     """
     configure_logs()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_Server(config, path, text, sock).run())
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything expensive is loaded.
-
-    Raises:
-        ConfigError: the address is in use, or is none of this machine's.
-    """
-    sock = None
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except OSError as error:
-        if sock is not None:
-            sock.close()
-        msg = f"--host {host} --port {port}: cannot listen there: {error.strerror or error}"
-        if error.errno == errno.EADDRINUSE:
-            msg = f"--port {port} is in use on {host}; choose another port, or 0 for a free one"
-        raise ConfigError(msg) from None
-    return sock
-
-
-def configure_logs() -> None:
-    """JSON lines on standard error."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
-
-
-class _Uvicorn(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are handled by the server around this one, which drains first."""
-        yield
 
 
 class _Server:
@@ -121,18 +70,7 @@ class _Server:
             started=time.time(),
             priorities=(config.scheduler.order or preset.order) == "priority",
         )
-        settings = uvicorn.Config(
-            build_app(self._service),
-            http=limited_protocol(config.http.max_header_bytes),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            ws="none",
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=1,
-        )
-        self._http = _Uvicorn(settings)
+        self._http = HttpServer(build_app(self._service), config.http.max_header_bytes)
         self._asked_to_stop = asyncio.Event()
 
     async def run(self) -> int:

@@ -224,6 +224,7 @@ class Service:
             text=TextStream(self.text, stop=body.stop, prompt=context),
             mailbox=mailbox,
             silent=silent,
+            prompt=context if isinstance(body, CompletionBody) and body.return_token_ids else None,
         )
         self.client.submit(choice, request, work)
         return choice

@@ -165,14 +165,19 @@ class CompletionShape(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._offsets: dict[int, int] = {}
+        self._prompts_shown: set[int] = set()
 
     def chunk(self, choice: Choice, text: str, logprobs: list[LogprobEntry]) -> bytes:
         """See :class:`Shape`."""
-        return self._chunk(choice, b',"text":', encode(text), self._logprobs(choice, logprobs))
+        finish = b"null" + self._more(choice)
+        return self._chunk(
+            choice, b',"text":', encode(text), self._logprobs(choice, logprobs), finish
+        )
 
     def last_chunk(self, choice: Choice) -> bytes:
         """See :class:`Shape`."""
-        return self._chunk(choice, b',"text":', b'""', None, encode(choice.finish_reason))
+        finish = encode(choice.finish_reason) + self._more(choice)
+        return self._chunk(choice, b',"text":', b'""', None, finish)
 
     def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> bytes:
         """See :class:`Shape`."""
@@ -185,9 +190,24 @@ class CompletionShape(_Base):
                     "text": text,
                     "logprobs": self._logprobs(choice, logprobs),
                     "finish_reason": choice.finish_reason,
+                    **self._ids(choice),
                 }
             )
         return self._whole(items, usage)
+
+    def _ids(self, choice: Choice) -> dict[str, Sequence[int]]:
+        """Members of a choice for ``return_token_ids``, as in vLLM: the prompt's once."""
+        if choice.prompt is None:
+            return {}
+        ids: dict[str, Sequence[int]] = {"token_ids": choice.take_ids()}
+        if choice.index not in self._prompts_shown:
+            self._prompts_shown.add(choice.index)
+            ids["prompt_token_ids"] = choice.prompt
+        return ids
+
+    def _more(self, choice: Choice) -> bytes:
+        ids = self._ids(choice)
+        return b"," + encode(ids)[1:-1] if ids else b""
 
     def _logprobs(self, choice: Choice, entries: list[LogprobEntry]) -> dict[str, Any] | None:
         if not entries:
