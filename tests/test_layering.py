@@ -18,7 +18,8 @@ FACTORY = "penstock.server.factories"
 FORBIDDEN = {
     "penstock.sim": ("penstock.engine", "torch"),
     "penstock.engine": ("penstock.sim", "penstock.server", "penstock.bench"),
-    "penstock.server": ("penstock.engine", "torch", "transformers"),
+    "penstock.server": ("penstock.engine", "penstock.router", "torch", "transformers"),
+    "penstock.router": ("penstock.engine", "penstock.sim", "penstock.bench", "torch"),
     "penstock.bench": ("penstock.engine", "torch", "transformers"),
     "penstock.testing": ("penstock.engine", "penstock.server", "torch"),
     "penstock.text": ("penstock.engine", "torch"),
@@ -93,6 +94,8 @@ def test_module_respects_the_layers(path: Path) -> None:
         ("penstock.bench.run", "from penstock.engine import native"),
         ("penstock.text.tokenizer", "import torch.nn"),
         ("penstock.server.app", "from penstock.cli import main"),
+        ("penstock.server.app", "from penstock.router.pool import Pool"),
+        ("penstock.router.pool", "from penstock.sim import engine"),
     ],
 )
 def test_rules_catch(module: str, source: str) -> None:
@@ -111,6 +114,7 @@ def test_core_may_use_numpy_and_itself() -> None:
         ("penstock.core.policies.presets", "torch transformers asyncio starlette"),
         ("penstock.server.app", "torch transformers matplotlib polars"),
         ("penstock.server.factories", "torch transformers starlette"),
+        ("penstock.router.serve", "torch transformers matplotlib polars"),
         ("penstock.cli", "torch transformers matplotlib polars"),
     ],
 )

@@ -30,6 +30,11 @@ app.command(
     help="Say where an open request of a server stands and why it waits.",
 )
 app.command(
+    "penstock.router.command:route",
+    name="route",
+    help="Route completions to several OpenAI-compatible servers, slice by slice.",
+)
+app.command(
     "penstock.bench.command:bench",
     name="bench",
     help="Drive an OpenAI-compatible endpoint and report goodput and attainment.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -64,6 +65,9 @@ class HttpServer(uvicorn.Server):
     Args:
         app: serves no lifespan.
         max_header_bytes: longest head of a request.
+
+    Attributes:
+        listening: set once connections are taken.
     """
 
     def __init__(self, app: ASGIApp, max_header_bytes: int) -> None:
@@ -79,6 +83,12 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=1,
         )
         super().__init__(settings)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.listening.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
