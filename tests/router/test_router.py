@@ -152,7 +152,7 @@ async def test_silence_is_a_failure() -> None:
         assert 'outcome="silent"' in router.service.pool.exposition().decode()
 
 
-@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("status", [307, 500, 503])
 async def test_who_always_fails_is_left_alone_until_it_works(status: int) -> None:
     one, other = Fake(), Fake()
     async with routed(one, other, failures=2, backoff=0.3) as router:
@@ -259,6 +259,20 @@ async def test_a_backend_that_is_gone_and_comes_back() -> None:
         assert router.service.pool.open_backends == 1
         await one.start()
         await until(lambda: router.service.pool.open_backends == 2)
+
+
+async def test_a_stream_outlives_the_only_backend() -> None:
+    only = Fake()
+    async with routed(only, failures=1, max_wait=10) as router:
+        only.pace = 0.02
+        stream = asyncio.create_task(events(router, 30))
+        await until(lambda: len(only.bodies) == 2)
+        await only.stop()
+        await until(lambda: router.service.pool.open_backends == 0)
+        refused = await router.post(3)  # nobody begins anew meanwhile
+        assert refused.status_code == 503
+        await only.start()
+        assert joined(await stream) == said(2, 31)
 
 
 async def test_a_backend_that_comes_back_with_another_model_stays_out() -> None:

@@ -107,8 +107,12 @@ class Backend:
         """
         headers = {"content-type": "application/json", **headers}
         with self._failures():
-            async with self.session.post(self.url + path, data=body, headers=headers) as response:
-                if response.status >= 400:
+            # A redirected POST would arrive as a GET.
+            sent = self.session.post(
+                self.url + path, data=body, headers=headers, allow_redirects=False
+            )
+            async with sent as response:
+                if response.status >= 300:
                     raw = await response.read()
                     raise error_of(response.status, response.headers, self.url, raw)
                 yield response

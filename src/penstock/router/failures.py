@@ -10,7 +10,6 @@ import msgspec
 
 from penstock.server.errors import ApiError, unavailable
 
-_RETRIABLE = 500
 _MOST_WORDS = 500
 
 
@@ -63,7 +62,7 @@ def nobody(reasons: list[str], retry: float) -> ApiError:
 
 
 def error_of(status: int, headers: Any, where: str, raw: bytes) -> ApiError | BackendError:
-    """What an HTTP status of 400 or more means.
+    """What an HTTP status of 300 or more means.
 
     The client's own mistakes and answers that say they should not be tried again are its to hear;
     everything else is the backend's failure.
@@ -74,7 +73,7 @@ def error_of(status: int, headers: Any, where: str, raw: bytes) -> ApiError | Ba
     if status == 429:
         return BackendError(Kind.BUSY, where, f"HTTP 429: {message}", retry_after)
     final = str(headers.get("x-should-retry", "")).lower() == "false"
-    if status >= _RETRIABLE and not final:
+    if not 400 <= status < 500 and not final:
         return BackendError(Kind.ERROR, where, f"HTTP {status}: {message}", retry_after)
     passed = {"x-should-retry": "false"} if final else {}
     return _passed_on(status, fault, message, passed)
