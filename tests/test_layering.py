@@ -15,15 +15,28 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 # The engine process builds its engine here; nothing else of `server` or `bench` knows engines.
 FACTORY = "penstock.server.factories"
 
+# Several instances are asked for here; nothing else of `server` knows that there can be any.
+BACKEND = "penstock.server.backend"
+
+# Nothing else starts, or even imports, Ray.
+RAY = ("penstock.cluster.fleet", "penstock.cluster.machines")
+
 FORBIDDEN = {
     "penstock.sim": ("penstock.engine", "torch"),
     "penstock.engine": ("penstock.sim", "penstock.server", "penstock.bench"),
-    "penstock.server": ("penstock.engine", "penstock.router", "torch", "transformers"),
+    "penstock.server": (
+        "penstock.engine",
+        "penstock.router",
+        "penstock.cluster",
+        "torch",
+        "transformers",
+    ),
     "penstock.router": ("penstock.engine", "penstock.sim", "penstock.bench", "torch"),
+    "penstock.cluster": ("penstock.engine", "penstock.router", "torch", "transformers"),
     "penstock.bench": ("penstock.engine", "torch", "transformers"),
     "penstock.testing": ("penstock.engine", "penstock.server", "torch"),
     "penstock.text": ("penstock.engine", "torch"),
-    "penstock": ("penstock.cli",),
+    "penstock": ("penstock.cli", "ray"),
 }
 """Package: what nothing in it may import, at module level or inside a function."""
 
@@ -57,6 +70,10 @@ def violations(source: str, module: str) -> list[str]:
     found = []
     for imported in set(imports_of(source, module)):
         if module == FACTORY and inside(imported, "penstock.engine"):
+            continue
+        if module == BACKEND and inside(imported, "penstock.cluster"):
+            continue
+        if module in RAY and inside(imported, "ray"):
             continue
         top = imported.split(".")[0]
         if inside(module, "penstock.core"):
@@ -96,6 +113,9 @@ def test_module_respects_the_layers(path: Path) -> None:
         ("penstock.server.app", "from penstock.cli import main"),
         ("penstock.server.app", "from penstock.router.pool import Pool"),
         ("penstock.router.pool", "from penstock.sim import engine"),
+        ("penstock.server.serve", "from penstock.cluster.front import Front"),
+        ("penstock.cluster.front", "import ray"),
+        ("penstock.sim.cluster", "import ray"),
     ],
 )
 def test_rules_catch(module: str, source: str) -> None:
@@ -115,6 +135,8 @@ def test_core_may_use_numpy_and_itself() -> None:
         ("penstock.server.app", "torch transformers matplotlib polars"),
         ("penstock.server.factories", "torch transformers starlette"),
         ("penstock.router.serve", "torch transformers matplotlib polars"),
+        ("penstock.server.serve", "torch transformers ray"),
+        ("penstock.cluster.build", "torch transformers ray"),
         ("penstock.cli", "torch transformers matplotlib polars"),
     ],
 )

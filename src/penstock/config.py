@@ -61,7 +61,10 @@ class EngineConfig(_Section):
     )
     device: str = Field("auto", description="Where the model runs: auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of the engine process; by default PyTorch's choice."
+        None,
+        ge=1,
+        description="CPU threads of an engine; by default PyTorch's choice, or with several"
+        " instances a share of the CPUs.",
     )
     prefix_cache: bool = Field(
         True, description="Share the KV of equal prompt beginnings between requests."
@@ -93,6 +96,28 @@ class SchedulerConfig(_Section):
         description="Overrides of the preset's parameters, as --parameters.NAME VALUE.",
     )
     seed: int = Field(0, ge=0, description="Seed of the policy's random draws.")
+
+
+class ClusterConfig(_Section):
+    """Several instances behind one address; Ray places and supervises them."""
+
+    instances: int = Field(
+        1, ge=1, description="Engines behind this server; 2 or more need 'penstock[ray]'."
+    )
+    place: str | None = Field(
+        None,
+        description="Which instance takes a request, instead of the preset's answer: round-robin,"
+        " least-outstanding, power-of-two, max-min or forecast-aware.",
+    )
+    ray_address: str | None = Field(
+        None, description="Ray cluster to join; by default Ray is started on this machine."
+    )
+    cpus_per_instance: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="CPUs that Ray keeps for each; by default 1."
+    )
+    gpus_per_instance: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="GPUs that Ray keeps for each."
+    )
 
 
 class HttpConfig(_Section):
@@ -163,6 +188,7 @@ class Config(_Section):
     engine: EngineConfig = EngineConfig()
     sim: SimConfig = SimConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     http: HttpConfig = HttpConfig()
     admission: AdmissionConfig = AdmissionConfig()
     bench: BenchConfig = BenchConfig()

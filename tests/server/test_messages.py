@@ -41,6 +41,8 @@ PROMPTS = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=70)
     trace=st.none() | st.integers(1, 1 << 20),
     name=st.text(max_size=20),
     sharing=st.booleans(),
+    generated=st.lists(st.integers(0, 1 << 20), max_size=5),
+    batch=st.integers(0, 1 << 40),
 )
 def test_a_request_arrives_as_it_was_sent(
     prompt: list[int],
@@ -51,20 +53,24 @@ def test_a_request_arrives_as_it_was_sent(
     trace: int | None,
     name: str,
     sharing: bool,
+    generated: list[int],
+    batch: int,
 ) -> None:
     capabilities = Capabilities(64, 16, 8, 64, 1024, prefix_cache=sharing)
     request = Request(
         id=name,
         prompt_tokens=len(prompt),
-        cap=cap,
+        cap=len(generated) + cap,
         arrival=12.5,
         slo=slo,
         slo_class=name,
         priority=-3,
         on_miss=on_miss,
         prefix=prefix_keys(prompt, 16) if sharing else (),
+        generated=len(generated),
+        batch=batch,
     )
-    work = Work(prompt, sampling, trace)
+    work = Work(prompt, sampling, trace, generated)
     raw = msgspec.msgpack.encode(Add.pack(request, work))
     command = msgspec.msgpack.decode(raw, type=Command)
     assert isinstance(command, Add)
@@ -93,6 +99,7 @@ FIELDS: dict[str, st.SearchStrategy[object]] = {
     ),
     "reason": st.sampled_from(FinishReason),
     "rate": st.none() | NUMBERS,
+    "prices": st.none() | st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS),
     **dict.fromkeys(("seconds", "planning", "kv_usage"), NUMBERS),
     **dict.fromkeys(("id", "text", "detail", "field", "message"), st.text(max_size=8)),
 }

@@ -20,6 +20,7 @@ def plan_capabilities(
     max_step_tokens: int,
     max_request_tokens: int | None,
     prefix_cache: bool,
+    memory_share: float = 1.0,
 ) -> Capabilities:
     """Check settings against a model and fill in those that were left open.
 
@@ -44,7 +45,9 @@ def plan_capabilities(
             raise ValueError(msg + request.reason)
         longest = max_request_tokens
     if kv_tokens is None:
-        kv_tokens = default_kv_tokens(model.device, model.kv_bytes_per_token, max_batch * longest)
+        kv_tokens = default_kv_tokens(
+            model.device, model.kv_bytes_per_token, max_batch * longest, memory_share
+        )
     if kv_tokens < block_size:
         msg = f"kv_tokens is {kv_tokens}; it must be at least block_size ({block_size})"
         raise ValueError(msg)

@@ -70,7 +70,7 @@ class NativeEngine:
         self._broken: dict[RequestId, str] = {}
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - each is a setting of its own
         cls,
         model: str,
         *,
@@ -83,6 +83,7 @@ class NativeEngine:
         device: str = "auto",
         prefix_cache: bool = True,
         threads: int | None = None,
+        memory_share: float = 1.0,
     ) -> NativeEngine:
         """Load a model and take KV memory for it.
 
@@ -97,6 +98,8 @@ class NativeEngine:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             prefix_cache: whether requests may share the KV of equal beginnings.
             threads: CPU threads of this process; None: PyTorch's choice.
+            memory_share: of the memory that KV may take where ``kv_tokens`` is None, in (0, 1];
+                the rest is for engines beside this one.
 
         Raises:
             CheckpointError, UnsupportedModelError: the model cannot be loaded, or not be run.
@@ -113,6 +116,7 @@ class NativeEngine:
             max_step_tokens=max_step_tokens,
             max_request_tokens=max_request_tokens,
             prefix_cache=prefix_cache,
+            memory_share=memory_share,
         )
         return cls(loaded, capabilities)
 

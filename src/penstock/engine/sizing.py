@@ -19,15 +19,18 @@ _CGROUP_FILES = (
 )
 
 
-def default_kv_tokens(device: torch.device, bytes_per_token: int, most: int) -> int:
+def default_kv_tokens(
+    device: torch.device, bytes_per_token: int, most: int, share: float = 1.0
+) -> int:
     """KV tokens that fit comfortably, but no more than could ever be used.
 
     Args:
         device: where they will be.
         bytes_per_token: what each takes.
         most: as many as full batches of longest requests take.
+        share: of the memory, in (0, 1]; the rest is for engines beside this one.
     """
-    room = int(free_memory(device) * _SHARE[device.type])
+    room = int(free_memory(device) * _SHARE[device.type] * share)
     return max(1, min(most, room // bytes_per_token))
 
 

@@ -30,7 +30,7 @@ from penstock.server.messages import (
     Refused,
     Step,
 )
-from penstock.server.supervisor import Supervisor
+from penstock.server.supervisor import Backend
 
 _EXPLAIN_TIMEOUT = 5.0
 
@@ -57,7 +57,7 @@ class EngineClient:
     def __init__(self, limits: Limits, observer: Observer) -> None:
         self._limits = limits
         self._observer = observer
-        self._supervisor: Supervisor | None = None
+        self._backend: Backend | None = None
         self._open: dict[str, Choice] = {}
         self._tickets = itertools.count()
         self._explaining: dict[int, asyncio.Future[str]] = {}
@@ -67,14 +67,14 @@ class EngineClient:
         self.ready: Ready | None = None
         self.gauges: Gauges | None = None
 
-    def attach(self, supervisor: Supervisor) -> None:
+    def attach(self, backend: Backend) -> None:
         """Say through whom to send; before the first request."""
-        self._supervisor = supervisor
+        self._backend = backend
 
     @property
     def alive(self) -> bool:
-        """Whether an engine process is loaded and takes requests."""
-        return self._supervisor is not None and self._supervisor.ready
+        """Whether an engine is loaded and takes requests."""
+        return self._backend is not None and self._backend.ready
 
     @property
     def open_requests(self) -> int:
@@ -114,9 +114,9 @@ class EngineClient:
         Raises:
             ApiError: 503, the engine process is not running.
         """
-        if self._supervisor is None or not self.alive:
+        if self._backend is None or not self.alive:
             raise unavailable("the engine is not ready", "engine_not_ready")
-        self._supervisor.send(Add.pack(request, work))
+        self._backend.send(Add.pack(request, work))
         self._open[choice.id] = choice
         self._unseen.append(request.prompt_tokens)
         self._sent += 1
@@ -127,17 +127,17 @@ class EngineClient:
             return
         choice.end(reason, "", time.monotonic(), 0.0)
         self._observer.on_end(choice)
-        if self._supervisor is not None and self.alive:
-            self._supervisor.send(Cancel(choice.id, reason))
+        if self._backend is not None and self.alive:
+            self._backend.send(Cancel(choice.id, reason))
 
     async def explain(self, request_id: str) -> str | None:
         """Why a request waits, in words; None if it is not open."""
-        if request_id not in self._open or self._supervisor is None or not self.alive:
+        if request_id not in self._open or self._backend is None or not self.alive:
             return None
         ticket = next(self._tickets)
         answer = self._explaining[ticket] = asyncio.get_running_loop().create_future()
         try:
-            self._supervisor.send(Explain(ticket, request_id))
+            self._backend.send(Explain(ticket, request_id))
             return await asyncio.wait_for(answer, _EXPLAIN_TIMEOUT)
         except TimeoutError:
             return "the engine is in a long step and has not answered yet"
@@ -183,8 +183,8 @@ class EngineClient:
         self._open.clear()
         for choice in choices:
             self._fail(choice, error)
-            if self._supervisor is not None and self.alive:
-                self._supervisor.send(Cancel(choice.id, FinishReason.CANCELLED))
+            if self._backend is not None and self.alive:
+                self._backend.send(Cancel(choice.id, FinishReason.CANCELLED))
 
     def _fail(self, choice: Choice, error: ApiError) -> None:
         choice.fail(error, time.monotonic())

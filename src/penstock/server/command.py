@@ -77,16 +77,12 @@ def explain(
 
 def _serve(config: Config) -> int:
     from penstock.models import ModelNotFoundError, model_path
-    from penstock.server.factories import build_policy
+    from penstock.server.backend import check
     from penstock.server.listen import bind
     from penstock.server.serve import serve_until_stopped
     from penstock.text.tokenizer import load_tokenizer
 
-    chosen = config.scheduler
-    try:
-        build_policy(chosen.preset, chosen.order, chosen.seed, chosen.parameters)
-    except ValueError as error:
-        raise ConfigError(f"--preset {chosen.preset}: {error}") from None
+    check(config)
     if config.engine.max_step_tokens < config.engine.max_batch:
         msg = (
             f"--max-step-tokens {config.engine.max_step_tokens} is less than --max-batch"

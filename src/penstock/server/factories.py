@@ -7,7 +7,7 @@ engine, another kind does not pay for.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import Capabilities, StepResult
+from penstock.sim.recording import RecordingEngine, StepFile, StepRecord
 
 if TYPE_CHECKING:
     from penstock.text.tokenizer import TextTokenizer
@@ -39,6 +40,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         words, eos_ids: for the simulated engine: what it may say, and how it ends.
         profile, speed: of the simulated engine.
         record_steps: file to which measured steps go; empty for none.
+        prices: whether to learn what steps cost, and say it.
         preset, order, parameters, seed: the scheduler's.
         commands, events: addresses of the two sockets.
     """
@@ -56,6 +58,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = ""
     speed: float = 1.0
     record_steps: str = ""
+    prices: bool = False
     commands: str = ""
     events: str = ""
 
@@ -81,19 +84,22 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def build_engine(spec: EngineSpec) -> Engine:
+def build_engine(spec: EngineSpec, observe: Callable[[StepRecord], object] | None = None) -> Engine:
     """Load the engine.
+
+    Args:
+        observe: told of every step.
 
     Raises:
         Exception: whatever keeps the engine from loading, with its own words.
     """
     engine = _load(spec)
-    if not spec.record_steps:
-        return engine
-    from penstock.sim.recording import RecordingEngine, StepFile
-
-    file = StepFile(Path(spec.record_steps))
-    return RecordingEngine(engine, file.add, close=file.close)
+    if observe is not None:
+        engine = RecordingEngine(engine, observe)
+    if spec.record_steps:
+        file = StepFile(Path(spec.record_steps))
+        engine = RecordingEngine(engine, file.add, close=file.close)
+    return engine
 
 
 def _load(spec: EngineSpec) -> Engine:

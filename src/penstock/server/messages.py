@@ -15,7 +15,10 @@ import msgspec
 from penstock.core.engine import Work
 from penstock.core.memory import prefix_keys
 from penstock.core.sampling import SamplingParams
-from penstock.core.types import SLO, Capabilities, FinishReason, OnMiss, Request
+from penstock.core.types import SLO, Capabilities, FinishReason, OnMiss, PrefixKey, Request
+
+Prices: TypeAlias = tuple[float, float, float, float]
+"""Fitted seconds: per step, per prompt token, per decoding request, per KV token it attends to."""
 
 
 class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -47,7 +50,10 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
-    """A new request.  Its prefix keys are computed by the engine process, which has the time."""
+    """A request, or a slice of one.
+
+    Its prefix keys are computed by the engine process, which has the time.
+    """
 
     id: str
     prompt: list[int]
@@ -63,6 +69,7 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
     sampling: Sampling
     trace_length: int | None
     generated: list[int]
+    batch: int
 
     @classmethod
     def pack(cls, request: Request, work: Work) -> Add:
@@ -83,6 +90,7 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             sampling=Sampling.pack(work.sampling),
             trace_length=work.trace_length,
             generated=list(work.generated),
+            batch=request.batch,
         )
 
     def unpack(self, capabilities: Capabilities) -> tuple[Request, Work]:
@@ -90,7 +98,12 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
         keys = (
             prefix_keys(self.prompt, capabilities.block_size) if capabilities.prefix_cache else ()
         )
-        request = Request(
+        sampling = self.sampling.unpack()
+        return self.request(keys), Work(self.prompt, sampling, self.trace_length, self.generated)
+
+    def request(self, prefix: tuple[PrefixKey, ...] = ()) -> Request:
+        """The scheduler's half, with these prefix keys."""
+        return Request(
             id=self.id,
             prompt_tokens=len(self.prompt),
             cap=self.cap,
@@ -99,11 +112,10 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             slo_class=self.slo_class,
             priority=self.priority,
             on_miss=self.on_miss,
-            prefix=keys,
+            prefix=prefix,
             generated=len(self.generated),
+            batch=self.batch,
         )
-        sampling = self.sampling.unpack()
-        return request, Work(self.prompt, sampling, self.trace_length, self.generated)
 
 
 class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True, gc=False):
@@ -157,6 +169,7 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True, gc=False):
             knows by it which of those it sent are counted here.
         kv_usage: share of the KV memory that requests hold, 0 to 1.
         rate: admissions per second out of the queue; None while unknown.
+        prices: what steps cost here, for a front that plans slices; None if nobody asked.
     """
 
     received: int
@@ -166,6 +179,7 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True, gc=False):
     kv_usage: float
     evictions: int
     rate: float | None
+    prices: Prices | None = None
 
 
 class Step(msgspec.Struct, tag="step", array_like=True, frozen=True, gc=False):

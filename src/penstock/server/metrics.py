@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from penstock.core.types import FinishReason
 from penstock.server.choice import Choice, met, time_per_token
-from penstock.server.messages import Step
+from penstock.server.messages import Gauges, Step
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
@@ -54,6 +54,10 @@ class Metrics:
     def _labelled(self, name: str, words: str, *labels: str) -> Counter:
         return Counter(f"penstock:{name}", words, ["model_name", *labels], registry=self.registry)
 
+    def _of_instances(self, name: str, words: str) -> Gauge:
+        labels = ["model_name", "instance"]
+        return Gauge(f"penstock:{name}", words, labels, registry=self.registry)
+
     def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
         histogram = Histogram(
             f"penstock:{name}", words, ["model_name"], registry=self.registry, buckets=buckets
@@ -64,7 +68,14 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Requests that hold KV memory.")
         self.waiting = self._gauge("num_requests_waiting", "Requests that wait for admission.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "KV memory in use; 1 is all of it.")
-        self.engine_up = self._gauge("engine_up", "1 while the engine process is loaded.")
+        self.engine_up = self._gauge("engine_up", "1 while an engine is loaded.")
+        of = self._of_instances
+        self.instance_running = of("instance_requests_running", "Requests that hold KV memory.")
+        self.instance_waiting = of("instance_requests_waiting", "Requests that wait there.")
+        self.instance_kv_usage = of("instance_kv_cache_usage_perc", "KV memory in use there.")
+        self.instance_load = of(
+            "instance_load_seconds", "Estimated seconds of what it was sent and is not completed."
+        )
 
     def _declare_counters(self) -> None:
         self.preemptions = self._counter(
@@ -72,8 +83,9 @@ class Metrics:
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of served requests.")
         self.generation_tokens = self._counter("generation_tokens", "Output tokens.")
-        self.restarts = self._counter(
-            "engine_restarts", "Times the engine process ended by itself."
+        self.restarts = self._counter("engine_restarts", "Times an engine process ended by itself.")
+        self.instance_restarts = self._labelled(
+            "instance_restarts", "Times an instance ended by itself.", "instance"
         )
         self.finished = self._labelled(
             "request_success", "Requests that ended well, by finish reason.", "finished_reason"
@@ -120,6 +132,22 @@ class Metrics:
         self.restarts.inc()
         for gauge in (self.running, self.waiting, self.kv_usage):
             gauge.set(0)
+
+    def on_instance(self, number: int, gauges: Gauges, load: float) -> None:
+        """One instance's books; the sums over all come with :meth:`on_step`."""
+        labels = (self._model, str(number))
+        self.instance_running.labels(*labels).set(gauges.running)
+        self.instance_waiting.labels(*labels).set(gauges.waiting)
+        self.instance_kv_usage.labels(*labels).set(gauges.kv_usage)
+        self.instance_load.labels(*labels).set(load)
+
+    def on_instance_lost(self, number: int, *, left: int) -> None:
+        """One instance is gone; with ``left`` at 0 it was the last."""
+        self.on_instance(number, Gauges(0, 0, 0, 0, 0.0, 0, None), 0.0)
+        self.instance_restarts.labels(self._model, str(number)).inc()
+        self.restarts.inc()
+        if not left:
+            self.engine_up.set(0)
 
     def on_step(self, step: Step) -> None:
         """Take over a step's books."""

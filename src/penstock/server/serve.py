@@ -17,14 +17,14 @@ from penstock.config import Config
 from penstock.core.gate import Limits
 from penstock.core.policies import presets
 from penstock.server.app import build_app
+from penstock.server.backend import build_backend, instance_preset
 from penstock.server.client import EngineClient
 from penstock.server.errors import unavailable
-from penstock.server.factories import EngineSpec
 from penstock.server.listen import HttpServer, configure_logs
 from penstock.server.messages import Event, Ready
 from penstock.server.metrics import Metrics
 from penstock.server.service import Service
-from penstock.server.supervisor import EngineStartError, Supervisor
+from penstock.server.supervisor import EngineStartError
 from penstock.text.tokenizer import TextTokenizer
 
 _LAST_WORDS = 1.0  # for errors to reach their clients
@@ -57,10 +57,9 @@ class _Server:
         self._metrics = Metrics(model)
         limits = Limits(config.admission.max_waiting, config.admission.max_waiting_tokens)
         self._client = EngineClient(limits, self._metrics)
-        spec = EngineSpec.of(config, path, text)
-        self._supervisor = Supervisor(spec, self)
-        self._client.attach(self._supervisor)
-        preset = presets.PRESETS[config.scheduler.preset]
+        self._backend = build_backend(config, path, text, self, self._metrics)
+        self._client.attach(self._backend)
+        preset = presets.PRESETS[instance_preset(config)]
         self._service = Service(
             config,
             model,
@@ -79,7 +78,7 @@ class _Server:
             loop.add_signal_handler(number, self._on_signal)
         self._sock.setblocking(False)
         http = asyncio.create_task(self._http.serve(sockets=[self._sock]))
-        engine = asyncio.create_task(self._supervisor.run())
+        engine = asyncio.create_task(self._backend.run())
         asked = asyncio.create_task(self._asked_to_stop.wait())
         status = 0
         try:
@@ -139,9 +138,15 @@ class _Server:
             shown = f"[{host}]" if ":" in host else host
             sys.stdout.write(
                 f"penstock: serving {self._service.model} at http://{shown}:{port}"
-                f" (preset {self._config.scheduler.preset}, {ready.kv_tokens} KV tokens)\n"
+                f" (preset {self._config.scheduler.preset}, {self._size(ready)} KV tokens)\n"
             )
             sys.stdout.flush()
+
+    def _size(self, ready: Ready) -> str:
+        instances = self._config.cluster.instances
+        return (
+            f"{instances} instances of {ready.kv_tokens}" if instances > 1 else f"{ready.kv_tokens}"
+        )
 
     def on_event(self, event: Event) -> None:
         """The engine process said something."""

@@ -51,6 +51,31 @@ class Listener(Protocol):
         ...
 
 
+class Backend(Protocol):
+    """Where requests go: one engine process, or a front of several instances."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        ...
+
+    def send(self, command: Command) -> None:
+        """Hand a command over.
+
+        Raises:
+            RuntimeError: it is not ready.
+        """
+        ...
+
+    async def run(self) -> None:
+        """Keep it alive until cancelled.
+
+        Raises:
+            EngineStartError: it could not start.
+        """
+        ...
+
+
 class Incarnation:
     """One run of the engine process."""
 

@@ -1,0 +1,168 @@
+"""An instance as a Ray actor: the engine and its scheduler, turned by a thread of their own.
+
+Messages are those of :mod:`penstock.server.messages`, encoded.  Commands come in with
+:meth:`Instance.submit`; events wait until the front asks with :meth:`Instance.poll`, which brings
+all there are, so that the cost of a call does not grow with the steps.  If the thread fails, the
+process ends: Ray says so to the front, which has another one started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from penstock.server.engine_loop import build_loop, spin_briefly
+from penstock.server.factories import EngineSpec
+from penstock.server.messages import Add, Command, Event, Stop
+
+MOST_EVENTS = 1024
+"""Events that wait for the front; with as many the engine waits too."""
+
+
+class CallPipe:
+    """Between the engine's thread and the event loop that answers calls.
+
+    See :class:`penstock.server.engine_loop.Pipe`.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._commands: deque[Command] = deque()
+        self._events: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Command).decode
+
+    # -- the engine's thread ---------------------------------------------------------------
+
+    def receive(self) -> Command | None:
+        """The next command, if there is one."""
+        try:
+            return self._commands.popleft()
+        except IndexError:
+            return None
+
+    def wait(self, seconds: float) -> None:
+        """Until there is a command, but no longer than this."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._commands, seconds)
+
+    def send(self, event: Event) -> None:
+        """Hand an event over; waits while the front is far behind."""
+        raw = self._encode(event)
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._events) < MOST_EVENTS)
+            self._events.append(raw)
+        self._loop.call_soon_threadsafe(self._news.set)
+
+    # -- the event loop --------------------------------------------------------------------
+
+    def put(self, raw: list[bytes], late: float = 0.0) -> None:
+        """Pass commands on.
+
+        Args:
+            late: added to the arrivals of requests, which are by another machine's clock.
+        """
+        commands = [self._decode(one) for one in raw]
+        with self._changed:
+            for command in commands:
+                if isinstance(command, Add):
+                    arrival = command.arrival + late
+                    self._commands.append(msgspec.structs.replace(command, arrival=arrival))
+                else:
+                    self._commands.append(command)
+            self._changed.notify()
+
+    async def take(self) -> list[bytes]:
+        """All events there are, once there are any."""
+        await self._news.wait()
+        self._news.clear()
+        with self._changed:
+            events = list(self._events)
+            self._events.clear()
+            self._changed.notify()
+        return events
+
+
+class Instance:
+    """The actor.
+
+    Args:
+        spec: an :class:`~penstock.server.factories.EngineSpec` as JSON.
+    """
+
+    def __init__(self, spec: bytes) -> None:
+        self._spec = msgspec.json.decode(spec, type=EngineSpec)
+        self._pipe: CallPipe | None = None
+        self._thread: threading.Thread | None = None
+
+    async def load(self) -> tuple[int, str]:
+        """Load the engine and begin.
+
+        Returns:
+            the process, and what keeps the engine from loading, in words; empty if nothing does.
+        """
+        loop = asyncio.get_running_loop()
+        self._pipe = CallPipe()
+        loaded: asyncio.Future[str] = loop.create_future()
+
+        def tell(words: str) -> None:
+            loop.call_soon_threadsafe(loaded.set_result, words)
+
+        # One thread loads and turns: how many threads OpenMP may use is said per thread.
+        target, args = _turn, (self._spec, self._pipe, tell)
+        self._thread = threading.Thread(target=target, args=args, name="engine", daemon=True)
+        self._thread.start()
+        return os.getpid(), await loaded
+
+    async def submit(self, commands: list[bytes], sent_at: float) -> None:
+        """Take encoded commands, sent at this time by the front's monotonic clock.
+
+        Clocks of two machines have nothing in common, so requests arrived as long before
+        this call as they had before it was made.
+        """
+        assert self._pipe is not None
+        self._pipe.put(commands, time.monotonic() - sent_at)
+
+    async def poll(self) -> list[bytes]:
+        """Encoded events since the last call, once there are any."""
+        assert self._pipe is not None
+        return await self._pipe.take()
+
+    async def close(self) -> None:
+        """End the engine and wait until it has given everything back."""
+        if self._pipe is not None and self._thread is not None:
+            self._pipe.put([msgspec.msgpack.encode(Stop())])
+            await asyncio.to_thread(self._thread.join)
+
+
+def _turn(spec: EngineSpec, pipe: CallPipe, tell: Callable[[str], None]) -> None:
+    spin_briefly()
+    try:
+        loop = build_loop(spec, pipe)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the operator must read it
+        if not isinstance(error, ValueError | OSError):  # those say what to change, in words
+            traceback.print_exc()
+        tell(str(error) or type(error).__name__)
+        return
+    # Models are full of objects that stay; the collector would look at them again and again.
+    gc.collect()
+    gc.freeze()
+    tell("")
+    try:
+        loop.run()
+        loop.close()
+    except BaseException:  # noqa: BLE001 - nothing turns the engine any more
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,379 @@
+"""Stands where one engine process would: takes whole requests, deals in slices behind.
+
+The production :class:`~penstock.core.dispatcher.Dispatcher` decides what goes where.  The front
+turns its answers into messages, slices' tokens back into requests' tokens, and keeps what each
+request has said so far.  That is what makes the loss of an instance harmless: its requests go on
+elsewhere from exactly those tokens that their clients have been sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Protocol
+
+import msgspec
+
+from penstock.cluster.books import NOTHING, Books, joint_gauges, joint_ready
+from penstock.cluster.prices import slice_cost
+from penstock.core.dispatcher import Batch, Dispatcher, SliceId
+from penstock.core.forecast.slices import SliceCost
+from penstock.core.policies.dispatch import DispatchPolicy
+from penstock.core.types import FinishReason, RequestId
+from penstock.server.messages import (
+    Add,
+    Cancel,
+    Command,
+    End,
+    Event,
+    Explain,
+    Explained,
+    Gauges,
+    Ready,
+    Refused,
+    Step,
+    Stop,
+)
+from penstock.server.supervisor import Listener
+
+MOST_LOSSES = 4
+"""After so many instances died under a request in a row, none of which said a token of it, it ends:
+it may be what kills them."""
+
+_GREEDY_BELOW = 1e-5
+_EARLY = 0.002
+"""Timers count in milliseconds, and may be that much early."""
+
+
+class Instances(Protocol):
+    """Carries commands to instances and keeps these alive."""
+
+    def send(self, number: int, command: Command) -> None:
+        """Hand a command to an instance that has said that it is ready and is not lost."""
+        ...
+
+    async def run(self) -> None:
+        """Until cancelled.
+
+        Raises:
+            EngineStartError: an instance could not start, and none had before.
+        """
+        ...
+
+
+class InstanceObserver(Protocol):
+    """Who counts per instance: :class:`penstock.server.metrics.Metrics`."""
+
+    def on_instance(self, number: int, gauges: Gauges, load: float) -> None:
+        """An instance's books; ``load`` is the estimated seconds of what it was sent."""
+        ...
+
+    def on_instance_lost(self, number: int, *, left: int) -> None:
+        """It ended by itself; so many are left."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Story:
+    """A request as a whole.
+
+    Attributes:
+        add: as it came.
+        tokens: what it has said.
+        number, slice_id: the instance that it is at, and its stay there; empty in the pool.
+        had: tokens when that began.
+        losses: stays in a row that ended with the instance, without a token.
+    """
+
+    add: Add
+    tokens: list[int] = field(default_factory=list)
+    number: int = 0
+    slice_id: SliceId = ""
+    had: int = 0
+    evictions: int = 0
+    losses: int = 0
+
+
+class Front:
+    """A :class:`~penstock.server.supervisor.Backend` of several instances.
+
+    Args:
+        policy: who decides on batches, slices and places.
+        listener: told what one engine would tell.
+        observer: told of each instance.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        policy: DispatchPolicy,
+        listener: Listener,
+        observer: InstanceObserver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._dispatcher = Dispatcher(policy, self._cost)
+        self._listener = listener
+        self._observer = observer
+        self._clock = clock
+        self._instances: Instances | None = None
+        self._books: dict[int, Books] = {}
+        self._stories: dict[RequestId, _Story] = {}
+        self._timer: tuple[float, asyncio.TimerHandle] | None = None
+        # Both count from the last time that the listener was told that all is ready.
+        self._received = self._evictions = 0
+
+    def attach(self, instances: Instances) -> None:
+        """Say through whom to send; before the first instance is ready."""
+        self._instances = instances
+
+    @property
+    def ready(self) -> bool:
+        """Whether an instance is."""
+        return bool(self._books)
+
+    async def run(self) -> None:
+        """Keep the instances alive until cancelled.
+
+        Raises:
+            EngineStartError: they cannot start.
+        """
+        assert self._instances is not None
+        try:
+            await self._instances.run()
+        finally:
+            self._books.clear()
+            self._set_timer(math.inf)
+
+    # -- what the client's side says -------------------------------------------------------
+
+    def send(self, command: Command) -> None:
+        """Take a command that names whole requests."""
+        match command:
+            case Add():
+                self._received += 1
+                self._stories[command.id] = _Story(_seeded(command))
+                self._dispatcher.add(command.request(), self._clock())
+            case Cancel():
+                self._stories.pop(command.id, None)
+                where = self._dispatcher.withdraw(command.id)
+                if where is not None:
+                    number, slice_id = where
+                    self._send(number, Cancel(slice_id, command.reason))
+            case Explain():
+                self._explain(command)
+            case Stop():
+                pass  # instances end with run()
+        self._arm()
+
+    def _explain(self, command: Explain) -> None:
+        story = self._stories.get(command.id)
+        if story is not None and story.slice_id:
+            self._send(story.number, Explain(command.ticket, story.slice_id))
+            return
+        text = "it has ended"
+        if story is not None:
+            wait = self._dispatcher.due - self._clock()
+            when = f"in {max(0.0, wait):.2f} s" if wait < math.inf else "once an instance is up"
+            text = (
+                f"in the pool with {self._dispatcher.pooled - 1} others, with "
+                f"{len(story.tokens)} output tokens so far; the pool is sent to instances {when}"
+            )
+        self._listener.on_event(Explained(command.ticket, text))
+
+    # -- what instances say ----------------------------------------------------------------
+
+    def instance_ready(self, number: int, ready: Ready) -> None:
+        """An instance takes requests."""
+        self._books[number] = Books(ready)
+        self._dispatcher.join(number, ready.kv_tokens)
+        self._observer.on_instance(number, NOTHING, 0.0)
+        self._tell_ready()
+        self._tell()
+        self._arm()
+
+    def instance_said(self, number: int, event: Event) -> None:
+        """An instance has news; what comes from a lost one is dropped."""
+        books = self._books.get(number)
+        if books is None:
+            return
+        match event:
+            case Step():
+                self._on_step(number, books, event)
+            case Refused():
+                whole = self._dispatcher.whole(event.id)
+                if whole is not None:
+                    done = self._stories.pop(whole)
+                    now, failed = self._clock(), FinishReason.FAILED
+                    self._dispatcher.ended(event.id, len(done.tokens), failed, now)
+                    self._listener.on_event(Refused(whole, event.field, event.message))
+            case Explained():
+                self._listener.on_event(event)
+        self._arm()
+
+    def instance_lost(self, number: int) -> None:
+        """An instance is gone: what it held goes on elsewhere, from the tokens known here."""
+        if self._books.pop(number, None) is None:
+            return
+        now = self._clock()
+        self._tell_progress()
+        ended = []
+        for whole in self._dispatcher.lose(number, now):
+            story = self._stories[whole]
+            story.slice_id = ""
+            story.losses = 0 if len(story.tokens) > story.had else story.losses + 1
+            if story.losses >= MOST_LOSSES:
+                self._dispatcher.withdraw(whole)
+                del self._stories[whole]
+                why = f"{story.losses} instances in a row died before they said a token of it"
+                reason = FinishReason.FAILED
+                ended.append(End(whole, reason, len(story.tokens), story.evictions, why))
+        self._observer.on_instance_lost(number, left=len(self._books))
+        if self._books:
+            self._tell_ready()
+        self._tell(ended)
+        self._arm()
+
+    def _on_step(self, number: int, books: Books, step: Step) -> None:
+        self._evictions += books.take(step.gauges)
+        whole_of = self._dispatcher.whole
+        tokens: dict[str, int] = {}
+        details = {}
+        for slice_id, token in step.tokens.items():
+            whole = whole_of(slice_id)
+            if whole is None:
+                continue  # cancelled while the step ran
+            tokens[whole] = token
+            self._stories[whole].tokens.append(token)
+            if slice_id in step.details:
+                details[whole] = step.details[slice_id]
+        ended = [end for end in map(self._slice_ended, step.ended) if end is not None]
+        self._observer.on_instance(number, step.gauges, self._load_of(number))
+        joint = self._gauges()
+        told = Step(tokens, details, ended, step.seconds, step.planning, joint)
+        self._listener.on_event(told)
+
+    def _slice_ended(self, end: End) -> End | None:
+        """What the client is told of a slice's end: nothing if the request goes on."""
+        whole = self._dispatcher.whole(end.id)
+        if whole is None:
+            return None
+        story = self._stories[whole]
+        story.evictions += end.evictions
+        story.losses = 0
+        generated = len(story.tokens)
+        if self._dispatcher.ended(end.id, generated, end.reason, self._clock()) is None:
+            story.slice_id = ""
+            return None
+        del self._stories[whole]
+        return End(whole, end.reason, generated, story.evictions, end.detail)
+
+    # -- the pool --------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """See to it that the pool is looked at when it is due, together with what else comes."""
+        self._set_timer(min(self._dispatcher.due, self._dispatcher.move_due))
+
+    def _set_timer(self, due: float) -> None:
+        if self._timer is not None:
+            if self._timer[0] == due:
+                return
+            self._timer[1].cancel()
+            self._timer = None
+        if due < math.inf:
+            delay = max(0.0, due - self._clock())
+            handle = asyncio.get_running_loop().call_later(delay, self._dispatch)
+            self._timer = (due, handle)
+
+    def _dispatch(self) -> None:
+        self._timer = None
+        now = self._clock()
+        if self._dispatcher.policy.needs_progress:
+            self._tell_progress()
+        if self._dispatcher.move_due <= now:
+            for number, slice_id in self._dispatcher.moves(now):
+                # Its end comes back as a slice's does, and it goes on where it is to go.
+                self._send(number, Cancel(slice_id, FinishReason.CANCELLED))
+        if self._dispatcher.due > now + _EARLY:
+            self._arm()
+            return
+        for batch in self._dispatcher.dispatch(now):
+            self._send_batch(batch)
+        self._arm()
+
+    def _send_batch(self, batch: Batch) -> None:
+        books = self._books[batch.instance]
+        for request in batch.requests:
+            whole = self._dispatcher.whole(request.id)
+            assert whole is not None
+            story = self._stories[whole]
+            story.number, story.slice_id = batch.instance, request.id
+            story.had = len(story.tokens)
+            books.send(request.prompt_tokens + story.had)
+            add = msgspec.structs.replace(
+                story.add,
+                id=request.id,
+                cap=request.cap,
+                generated=list(story.tokens),
+                batch=request.batch,
+            )
+            self._send(batch.instance, add)
+
+    def _send(self, number: int, command: Command) -> None:
+        assert self._instances is not None
+        self._instances.send(number, command)
+
+    def _tell_progress(self) -> None:
+        for story in self._stories.values():
+            if story.slice_id:
+                self._dispatcher.progress(story.slice_id, len(story.tokens))
+
+    # -- books -----------------------------------------------------------------------------
+
+    def _tell_ready(self) -> None:
+        self._received = self._evictions = 0
+        self._listener.on_ready(joint_ready(self._books.values()))
+
+    def _tell(self, ended: list[End] | None = None) -> None:
+        """Bring the listener's books up to date where no step does."""
+        self._listener.on_event(Step({}, {}, ended or [], 0.0, 0.0, self._gauges()))
+
+    def _gauges(self) -> Gauges:
+        pooled = self._dispatcher.pooled
+        tokens = 0
+        if pooled:
+            waiting = (story for story in self._stories.values() if not story.slice_id)
+            tokens = sum(len(story.add.prompt) + len(story.tokens) for story in waiting)
+        return joint_gauges(
+            self._books.values(),
+            received=self._received,
+            pooled=pooled,
+            pooled_tokens=tokens,
+            evictions=self._evictions,
+        )
+
+    def _load_of(self, number: int) -> float:
+        return next(view.load for view in self._dispatcher.instances if view.number == number)
+
+    def _cost(self, kv_tokens: int) -> SliceCost:
+        policy = self._dispatcher.policy
+        said = [books.gauges.prices for books in self._books.values()]
+        return slice_cost(
+            [prices for prices in said if prices is not None],
+            slice_tokens=policy.priced_tokens,
+            room=int(kv_tokens * policy.safety),
+            most=min(books.ready.max_batch for books in self._books.values()),
+        )
+
+
+def _seeded(add: Add) -> Add:
+    """With a seed of its own, so that its random stream does not depend on the slice's name."""
+    sampling = add.sampling
+    if sampling.seed is not None or sampling.temperature < _GREEDY_BELOW:
+        return add
+    digest = blake2b(add.id.encode(), digest_size=8, person=b"front").digest()
+    seed = int.from_bytes(digest, "little") >> 1  # seeds have 63 bits
+    return msgspec.structs.replace(add, sampling=msgspec.structs.replace(sampling, seed=seed))

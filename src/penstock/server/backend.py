@@ -1,0 +1,120 @@
+"""What stands behind the HTTP edge: one engine process, or a front of several instances.
+
+The only place of the server that knows of :mod:`penstock.cluster`, and only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from penstock.config import ClusterConfig, Config, ConfigError
+from penstock.core.policies.fleets import FLEETS, SLICE_PARAMETERS, Fleet, build_fleet
+from penstock.server.factories import EngineSpec, build_policy
+from penstock.server.metrics import Metrics
+from penstock.server.supervisor import Backend, Listener, Supervisor
+from penstock.text.tokenizer import TextTokenizer
+
+
+def has_front(config: Config) -> bool:
+    """Whether requests go through a pool before an engine."""
+    return config.cluster.instances > 1 or config.scheduler.preset in FLEETS
+
+
+def instance_preset(config: Config) -> str:
+    """The preset of each engine's scheduler."""
+    return _fleet(config).preset if has_front(config) else config.scheduler.preset
+
+
+def check(config: Config) -> None:
+    """Whether the scheduler and the instances can be had as configured.
+
+    Raises:
+        ConfigError: naming the flag, its value and what would be right.
+    """
+    chosen = config.scheduler
+    preset, parameters = chosen.preset, chosen.parameters
+    if has_front(config):
+        fleet = _fleet(config)
+        preset, parameters = fleet.preset, _given(fleet.parameters)
+    try:
+        build_policy(preset, chosen.order, chosen.seed, parameters)
+    except ValueError as error:
+        raise ConfigError(f"--preset {chosen.preset}: {error}") from None
+    if config.scheduler.preset in FLEETS:
+        _check_slices(config)
+    if config.cluster.instances > 1:
+        _check_instances(config)
+        return
+    for name in ClusterConfig.model_fields:
+        if name in config.cluster.model_fields_set - {"instances"}:
+            flag = "--" + name.replace("_", "-")
+            msg = f"{flag} {getattr(config.cluster, name)}: only --instances of 2 or more has it"
+            raise ConfigError(msg)
+
+
+def _fleet(config: Config) -> Fleet:
+    chosen = config.scheduler
+    place = config.cluster.place
+    try:
+        build_fleet(chosen.preset, seed=chosen.seed, parameters=chosen.parameters)
+    except ValueError as error:
+        raise ConfigError(f"--preset {chosen.preset}: {error}") from None
+    try:
+        return build_fleet(
+            chosen.preset, place=place, seed=chosen.seed, parameters=chosen.parameters
+        )
+    except ValueError as error:
+        raise ConfigError(f"--place {place}: {error}") from None
+
+
+def _given(parameters: Mapping[str, float | None]) -> dict[str, int | float]:
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _check_slices(config: Config) -> None:
+    given = {**SLICE_PARAMETERS, **config.scheduler.parameters}["slice_tokens"]
+    for name in ("max_request_tokens", "kv_tokens"):
+        limit = getattr(config.engine, name)
+        if limit is not None and given > limit:
+            flag = "--" + name.replace("_", "-")
+            msg = f"--parameters.slice_tokens {given}: it must be at most {flag}, {limit}"
+            raise ConfigError(msg)
+
+
+def _check_instances(config: Config) -> None:
+    engine, cluster = config.engine, config.cluster
+    if importlib.util.find_spec("ray") is None:
+        msg = f"--instances {cluster.instances} needs Ray: pip install 'penstock[ray]'"
+        raise ConfigError(msg)
+    if config.bench.record_steps is not None:
+        msg = (
+            f"--record-steps {config.bench.record_steps}: steps of one engine are recorded, not of"
+            f" --instances {cluster.instances}"
+        )
+        raise ConfigError(msg)
+    if engine.engine != "native" or not engine.device.startswith("cuda"):
+        return
+    if not cluster.gpus_per_instance:
+        msg = f"--device {engine.device}: instances get their GPUs from --gpus-per-instance, which"
+        raise ConfigError(f"{msg} is 0")
+    if engine.device not in ("cuda", "cuda:0"):
+        msg = f"--device {engine.device}: an instance sees only its own GPU, which is cuda:0"
+        raise ConfigError(msg)
+
+
+def build_backend(
+    config: Config, path: Path, text: TextTokenizer, listener: Listener, metrics: Metrics
+) -> Backend:
+    """What the configuration asks for.
+
+    Raises:
+        ConfigError: the instances do not fit on the machines there are.
+    """
+    spec = EngineSpec.of(config, path, text)
+    if not has_front(config):
+        return Supervisor(spec, listener)
+    from penstock.cluster.build import build_front
+
+    return build_front(config, spec, listener, metrics)
