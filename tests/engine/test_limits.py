@@ -121,3 +121,10 @@ def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     assert sizing.free_memory(cpu) == 7000
     limit.write_text("max\n")
     assert sizing.free_memory(cpu) > 1 << 20
+
+
+def test_engines_beside_each_other_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "free_memory", lambda _: 1_000_000)
+    cpu = torch.device("cpu")
+    assert sizing.default_kv_tokens(cpu, 100, 1 << 40) == 4000
+    assert sizing.default_kv_tokens(cpu, 100, 1 << 40, share=0.25) == 1000
