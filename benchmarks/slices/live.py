@@ -1,0 +1,176 @@
+"""Two live instances, and the simulator's prediction for them.
+
+    python benchmarks/slices/live.py [--trials N]
+
+Each preset serves the same requests on two instances of a random Llama of 14 million parameters,
+one CPU thread each, driven by ``penstock bench`` in an open loop: lengths of ShareGPT over 8, ended
+at their true lengths by the server's test hook, which no policy sees.  ``penstock simulate`` then
+replays the same requests with step times that were recorded under *another* load, before and
+after.  Compared are the ranking by mean response, mean, median and p90 response, and throughput.
+
+Expected, written before it was measured: the same ranking; response times within 10 % for presets
+that keep up, more for those that fall behind, whose response times add up every error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "past_future_live"))
+
+import model
+
+from penstock.bench.local import revision, serve
+from penstock.bench.result import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "slices"
+PRESETS: dict[str, dict[str, float]] = {
+    "sls": {"batch_size": 4},
+    "ils": {"parallel": 4},
+    "scls": {"slice_tokens": 16, "interval": 0.25},
+    "past-future": {},
+}
+LOAD = ("--lengths", "sharegpt", "--scale", "0.125", "--cap", "128")
+KV_TOKENS = 16_384
+COUNT, RATE = 400, 12.0
+OTHER = ("--requests", "150", "--rate", "10", "--seed", "99")
+
+
+def serving(preset: str, *more: str) -> list[str]:
+    """What to write after ``penstock serve``."""
+    words = [
+        str(model.build(Path(tempfile.gettempdir()) / f"penstock-{model.NAME}")),
+        "--instances", "2", "--threads", "1", "--preset", preset, "--kv-tokens", str(KV_TOKENS),
+        "--dtype", "float32", "--no-prefix-cache", "--max-waiting", "0",
+        "--max-waiting-tokens", "0", "--trace-lengths",
+    ]  # fmt: skip
+    for name, value in PRESETS[preset].items():
+        words += [f"--parameters.{name}", f"{value:g}"]
+    return [*words, *more]
+
+
+def penstock(*words: str) -> None:
+    """Run a command; its own words show if it fails.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    command = [sys.executable, "-m", "penstock.cli", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def wait_for_both(url: str) -> None:
+    """Until both instances say something of themselves."""
+    for _ in range(600):
+        text = httpx.get(f"{url}/metrics").text
+        if all(f'requests_running{{instance="{number}"' in text for number in (0, 1)):
+            return
+        time.sleep(0.1)
+    msg = "the second instance did not come up within a minute"
+    raise SystemExit(msg)
+
+
+def drive(preset: str, words: tuple[str, ...], *more: str) -> dict[str, Any]:
+    """Serve a load live; what ``penstock bench`` says of it."""
+    with tempfile.TemporaryDirectory() as folder, serve(serving(preset, *more)) as url:
+        wait_for_both(url)
+        out = Path(folder) / "bench.json"
+        penstock("bench", "--url", url, *LOAD, *words, "--json", str(out))
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def predict(preset: str, profile: Path, words: tuple[str, ...]) -> dict[str, Any]:
+    """The same load, simulated."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "simulate.json"
+        more = [
+            word
+            for name, value in PRESETS[preset].items()
+            for word in (f"--parameters.{name}", f"{value:g}")
+        ]
+        place = [] if preset == "scls" else ["--place", "least-outstanding"]
+        penstock(
+            "simulate", *LOAD, *words, *place, *more, "--preset", preset, "--instances", "2",
+            "--profile", str(profile), "--kv-tokens", str(KV_TOKENS), "--block-size", "16",
+            "--max-batch", "64", "--prefill-budget", "512", "--json", str(out),
+        )  # fmt: skip
+        (run,) = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    return dict(run)
+
+
+def numbers(found: dict[str, Any]) -> dict[str, float]:
+    """What is compared, of a run of either command; seconds, and tokens per second."""
+    summary = found.get("summary", found)
+    times = summary["percentiles"] if "percentiles" in summary else summary["latency"]
+    e2e = times["e2e"]
+    throughput = summary["throughput_output_tps"]
+    return {"mean": e2e["mean"], "p50": e2e["p50"], "p90": e2e["p90"], "throughput": throughput}
+
+
+def one_trial(seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Every preset once, live and simulated, between two recordings of steps."""
+    words = ("--requests", str(COUNT), "--rate", f"{RATE:g}", "--seed", str(seed))
+    with tempfile.TemporaryDirectory() as folder:
+        steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
+        drive("past-future", OTHER, "--record-steps", str(steps))
+        live = {preset: drive(preset, words) for preset in PRESETS}
+        drive("past-future", OTHER, "--record-steps", str(steps))
+        penstock("profile", str(profile), "--steps", str(steps))
+        return {
+            preset: {
+                "live": numbers(found),
+                "simulated": numbers(predict(preset, profile, words)),
+            }
+            for preset, found in live.items()
+        }
+
+
+def main() -> None:
+    """Measure, predict, and write both down."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=3)
+    arguments = parser.parse_args()
+    trials = [one_trial(seed) for seed in range(arguments.trials)]
+    rows = {
+        preset: {
+            side: {
+                key: statistics.median(trial[preset][side][key] for trial in trials)
+                for key in trials[0][preset][side]
+            }
+            for side in ("live", "simulated")
+        }
+        for preset in PRESETS
+    }
+    for preset, row in rows.items():
+        cells = (
+            f"{key} {row['live'][key]:.3f} ({row['simulated'][key] / row['live'][key] - 1:+.1%})"
+            for key in row["live"]
+        )
+        print(f"{preset}: " + ", ".join(cells))
+    for side in ("live", "simulated"):
+        print(side, sorted(rows, key=lambda preset: rows[preset][side]["mean"]))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": "python benchmarks/slices/live.py",
+        "commit": revision(ROOT),
+        "machine": machine(),
+        "medians": rows,
+        "trials": trials,
+    }
+    (RESULTS / "live.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
