@@ -14,6 +14,7 @@ from penstock.core.forecast.latency.affine import Affine
 from penstock.core.sampling import SamplingParams
 from penstock.core.types import FinishReason
 from penstock.server.messages import Cancel, Explain
+from penstock.server.supervisor import EngineStartError
 from tests.cluster.fakes import Hall
 
 SCLS = {"slice_tokens": 4, "interval": 0.002}
@@ -59,6 +60,11 @@ async def test_the_end_of_a_slice_is_not_the_end() -> None:
     assert [add.cap for add in adds] == [4, 8, 10]
     assert [add.generated for add in adds] == [hall.client.tokens["a"][:n] for n in (0, 4, 8)]
     assert [add.batch for add in adds] == [1, 2, 3]
+
+
+async def test_a_slice_longer_than_any_output_is_refused() -> None:
+    with pytest.raises(EngineStartError, match="slice_tokens is 100000, but no output has more"):
+        Hall("scls", slice_tokens=100_000).start(0)
 
 
 async def test_a_lost_instance_is_no_loss() -> None:

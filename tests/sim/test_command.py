@@ -99,6 +99,10 @@ def test_without_json_there_is_a_table(tmp_path: Path, capsys: pytest.CaptureFix
         (f"{TIMED} --place max-min", "place 'max-min' needs a preset with slices"),
         (f"{TIMED} --padded", "padded is for static batches"),
         (f"{TIMED} --preset scls --parameters.slice_tokens 0", "slice_tokens is 0"),
+        (
+            f"{TIMED} --cap 300 --preset scls --parameters.slice_tokens 301",
+            "slice_tokens is 301; it must be at most the cap of 300",
+        ),
         (f"{TIMED} --instances 2 --clients 3", "without a place, several need an open loop"),
         (f"{TIMED} --place round-robin --html x.html", "cannot be watched step by step"),
     ],

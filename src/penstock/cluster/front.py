@@ -38,7 +38,7 @@ from penstock.server.messages import (
     Step,
     Stop,
 )
-from penstock.server.supervisor import Listener
+from penstock.server.supervisor import EngineStartError, Listener
 
 MOST_LOSSES = 4
 """After so many instances died under a request in a row, none of which said a token of it, it ends:
@@ -187,7 +187,18 @@ class Front:
     # -- what instances say ----------------------------------------------------------------
 
     def instance_ready(self, number: int, ready: Ready) -> None:
-        """An instance takes requests."""
+        """An instance takes requests.
+
+        Raises:
+            EngineStartError: slices are longer than any request can be.
+        """
+        most, tokens = ready.max_request_tokens - 1, self._dispatcher.policy.priced_tokens
+        if tokens > most:
+            msg = (
+                f"--parameters.slice_tokens is {tokens}, but no output has more than {most} tokens "
+                "here (--max-request-tokens); a longer slice never ends before its request"
+            )
+            raise EngineStartError(msg)
         self._books[number] = Books(ready)
         self._dispatcher.join(number, ready.kv_tokens)
         self._observer.on_instance(number, NOTHING, 0.0)

@@ -27,12 +27,14 @@ def simulate_fleet(
     seed: int = 0,
     parameters: Mapping[str, float | None],
     padded: bool = False,
+    cap: int,
 ) -> ClusterRun:
     """Simulate a preset until the source has no more jobs and all have ended.
 
     Args:
         capabilities: of each instance.
         place: instead of the preset's; None for an instance preset: in turn.
+        cap: what policies are told of output lengths.
         padded: instances run static batches as rectangles, the prompts of one in one step.
 
     Raises:
@@ -41,6 +43,9 @@ def simulate_fleet(
     chosen = place or (None if preset in FLEETS else "round-robin")
     fleet = build_fleet(preset, place=chosen, seed=seed, parameters=parameters)
     dispatch, cost = fleet.dispatch, None
+    if dispatch.priced_tokens > cap:
+        msg = f"slice_tokens is {dispatch.priced_tokens}; it must be at most the cap of {cap}"
+        raise ValueError(msg)
     if dispatch.needs_cost:
         cost = cost_of(
             price(latency).model,

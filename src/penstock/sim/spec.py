@@ -183,9 +183,10 @@ def cluster_of(spec: RunSpec, workload: Workload) -> ClusterRun:
     Raises:
         ValueError: it cannot be simulated; names what and why.
     """
+    jobs = jobs_of(spec, workload)
     return simulate_fleet(
         spec.preset,
-        _source(spec, jobs_of(spec, workload)),
+        _source(spec, jobs),
         capabilities_of(spec),
         spec.instances,
         latency_model(spec),
@@ -193,6 +194,7 @@ def cluster_of(spec: RunSpec, workload: Workload) -> ClusterRun:
         seed=spec.seed,
         parameters=spec.parameters,
         padded=spec.padded,
+        cap=jobs[0].cap,
     )
 
 
