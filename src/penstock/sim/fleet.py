@@ -9,6 +9,7 @@ from typing import Any
 from penstock.core.dispatcher import Dispatcher
 from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies import presets
+from penstock.core.policies.dispatch import DispatchPolicy
 from penstock.core.policies.fleets import FLEETS, build_fleet
 from penstock.core.types import Capabilities
 from penstock.sim.cluster import ClusterRun, run_cluster
@@ -42,17 +43,10 @@ def simulate_fleet(
     """
     chosen = place or (None if preset in FLEETS else "round-robin")
     fleet = build_fleet(preset, place=chosen, seed=seed, parameters=parameters)
-    dispatch, cost = fleet.dispatch, None
-    if dispatch.priced_tokens > cap:
-        msg = f"slice_tokens is {dispatch.priced_tokens}; it must be at most the cap of {cap}"
+    if fleet.dispatch.priced_tokens > cap:
+        msg = f"slice_tokens is {fleet.dispatch.priced_tokens}; it must be at most the cap of {cap}"
         raise ValueError(msg)
-    if dispatch.needs_cost:
-        cost = cost_of(
-            price(latency).model,
-            slice_tokens=dispatch.priced_tokens,
-            safety=dispatch.safety,
-            most=capabilities.max_batch,
-        )
+    dispatcher = _dispatcher(fleet.dispatch, latency, capabilities.max_batch)
     if padded:
         room = capabilities.max_batch * capabilities.max_request_tokens
         capabilities = replace(capabilities, max_step_tokens=room)
@@ -64,6 +58,15 @@ def simulate_fleet(
         instances,
         lambda number: presets.build(fleet.preset, seed=(seed << 16) + number, **options),
         latency,
-        Dispatcher(dispatch, cost),
+        dispatcher,
         padded=padded,
     )
+
+
+def _dispatcher(policy: DispatchPolicy, latency: LatencyModel, max_batch: int) -> Dispatcher:
+    """With prices, if it needs them."""
+    if not policy.needs_cost:
+        return Dispatcher(policy)
+    tokens, safety = policy.priced_tokens, policy.safety
+    model = price(latency).model
+    return Dispatcher(policy, cost_of(model, slice_tokens=tokens, safety=safety, most=max_batch))
