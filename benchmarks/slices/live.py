@@ -44,16 +44,16 @@ PRESETS: dict[str, dict[str, float]] = {
 LOAD = ("--lengths", "sharegpt", "--scale", "0.125", "--cap", "128")
 KV_TOKENS = 16_384
 COUNT, RATE = 400, 12.0
-OTHER = ("--requests", "150", "--rate", "10", "--seed", "99")
+OTHER = ("--requests", "80", "--rate", "5", "--seed", "99")
 
 
-def serving(preset: str, *more: str) -> list[str]:
+def serving(preset: str, instances: int, *more: str) -> list[str]:
     """What to write after ``penstock serve``."""
     words = [
         str(model.build(Path(tempfile.gettempdir()) / f"penstock-{model.NAME}")),
-        "--instances", "2", "--threads", "1", "--preset", preset, "--kv-tokens", str(KV_TOKENS),
-        "--dtype", "float32", "--no-prefix-cache", "--max-waiting", "0",
-        "--max-waiting-tokens", "0", "--trace-lengths",
+        "--instances", str(instances), "--threads", "1", "--preset", preset,
+        "--kv-tokens", str(KV_TOKENS), "--dtype", "float32", "--no-prefix-cache",
+        "--max-waiting", "0", "--max-waiting-tokens", "0", "--trace-lengths",
     ]  # fmt: skip
     for name, value in PRESETS[preset].items():
         words += [f"--parameters.{name}", f"{value:g}"]
@@ -81,9 +81,22 @@ def wait_for_both(url: str) -> None:
     raise SystemExit(msg)
 
 
-def drive(preset: str, words: tuple[str, ...], *more: str) -> dict[str, Any]:
+def record(steps: Path) -> None:
+    """Steps of one engine, beside another one that works as much."""
+    words = serving("past-future", 1)
+    command = [sys.executable, "-m", "penstock.cli", "bench", *LOAD, *OTHER, "--url"]
+    with serve([*words, "--record-steps", str(steps)]) as one, serve(words) as other:
+        both = [
+            subprocess.Popen([*command, url], stdout=subprocess.DEVNULL) for url in (one, other)
+        ]
+        for process in both:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def drive(preset: str, words: tuple[str, ...]) -> dict[str, Any]:
     """Serve a load live; what ``penstock bench`` says of it."""
-    with tempfile.TemporaryDirectory() as folder, serve(serving(preset, *more)) as url:
+    with tempfile.TemporaryDirectory() as folder, serve(serving(preset, 2)) as url:
         wait_for_both(url)
         out = Path(folder) / "bench.json"
         penstock("bench", "--url", url, *LOAD, *words, "--json", str(out))
@@ -124,9 +137,9 @@ def one_trial(seed: int) -> dict[str, dict[str, dict[str, float]]]:
     words = ("--requests", str(COUNT), "--rate", f"{RATE:g}", "--seed", str(seed))
     with tempfile.TemporaryDirectory() as folder:
         steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
-        drive("past-future", OTHER, "--record-steps", str(steps))
+        record(steps)
         live = {preset: drive(preset, words) for preset in PRESETS}
-        drive("past-future", OTHER, "--record-steps", str(steps))
+        record(steps)
         penstock("profile", str(profile), "--steps", str(steps))
         return {
             preset: {

@@ -74,7 +74,7 @@ app.command(
 @app.command
 def presets() -> None:
     """List the scheduling presets: their answers, their parameters, their source."""
-    from penstock.core.policies.fleets import FLEETS, SLICE_PARAMETERS
+    from penstock.core.policies.fleets import FLEETS
     from penstock.core.policies.presets import PRESETS
 
     for preset in PRESETS.values():
@@ -86,8 +86,8 @@ def presets() -> None:
             f" · victim {preset.victim}"
         )
         print(f"  parameters: {settings or 'none'}")
-    settings = ", ".join(f"{key}={value}" for key, value in SLICE_PARAMETERS.items())
     for fleet in FLEETS.values():
+        settings = ", ".join(f"{key}={value}" for key, value in fleet.parameters.items())
         print(fleet.name)
         print(f"  {fleet.source}")
         batches = "packed by time" if fleet.packed else "in order of arrival"

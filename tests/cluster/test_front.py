@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.cluster.front import MOST_LOSSES
 from penstock.core.forecast.latency.affine import Affine
+from penstock.core.policies.fleets import FLEETS
 from penstock.core.sampling import SamplingParams
 from penstock.core.types import FinishReason
 from penstock.server.messages import Cancel, Explain
@@ -303,8 +304,9 @@ def test_texts_are_as_if_nothing_had_happened(preset: str, seed: int) -> None:
 
     async def story() -> None:
         draw = random.Random(seed)
-        sliced = preset.startswith("scls")
-        hall = Hall(preset, **({"slice_tokens": 5, "interval": 0.001} if sliced else {}))
+        taken = FLEETS[preset].parameters if preset in FLEETS else {}
+        short = {"slice_tokens": 5, "interval": 0.001}
+        hall = Hall(preset, **{name: value for name, value in short.items() if name in taken})
         for number in range(3):
             hall.start(number)
         works = {}

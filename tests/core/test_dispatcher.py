@@ -25,7 +25,9 @@ def cost(kv_tokens: int, slice_tokens: int = 8) -> SliceCost:
 
 def make(preset: str = "scls", place: str | None = None, **parameters: float) -> Dispatcher:
     if preset in FLEETS:
-        parameters = {"slice_tokens": 8, "batch_size": 4, **parameters}
+        small = {"slice_tokens": 8, "batch_size": 4}
+        taken = FLEETS[preset].parameters
+        parameters = {k: v for k, v in small.items() if k in taken} | parameters
     return Dispatcher(build_fleet(preset, place=place, parameters=parameters).dispatch, cost)
 
 
@@ -227,6 +229,8 @@ def test_what_a_lost_instance_held_goes_first() -> None:
         ("vllm", {"place": "nowhere"}, "place 'nowhere' is unknown"),
         ("vllm", {"place": "max-min"}, "place 'max-min' needs a preset with slices"),
         ("scls", {"parameters": {"window": 3}}, "preset 'scls' has no parameter 'window'"),
+        ("scls", {"parameters": {"batch_size": 3}}, "preset 'scls' has no parameter 'batch_size'"),
+        ("scls-kv", {"parameters": {"interval": 3}}, "it has: slice_tokens$"),
         ("scls", {"parameters": {"slice_tokens": 0}}, "slice_tokens is 0"),
         ("scls", {"parameters": {"slice_tokens": 1.5}}, "slice_tokens is 1.5"),
         ("scls", {"parameters": {"safety": 2.0}}, "safety is 2.0"),

@@ -45,7 +45,9 @@ def cluster(
     **parameters: float,
 ) -> ClusterRun:
     if preset in FLEETS:
-        parameters = {"slice_tokens": 32, "interval": 1.0, **parameters}
+        short = {"slice_tokens": 32, "interval": 1.0}
+        taken = FLEETS[preset].parameters
+        parameters = {k: v for k, v in short.items() if k in taken} | parameters
     fleet = build_fleet(preset, place=place, parameters=parameters)
     cost = cost_of(PRICED.model, slice_tokens=32, safety=0.9, most=64)
     options: dict[str, Any] = dict(fleet.parameters)

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from penstock import __version__
 from penstock.bench.result import machine, seconds, share
 from penstock.bench.workload import Workload
-from penstock.core.policies.fleets import FLEETS, SLICE_PARAMETERS
+from penstock.core.policies.fleets import FLEETS
 from penstock.core.policies.presets import PRESETS
 from penstock.sim import chrome_trace as trace_writer
 from penstock.sim.simulation import Simulation, simulation_of
@@ -210,7 +210,7 @@ def _parameters_of(
 ) -> dict[str, Mapping[str, object]]:
     """The parameters of each preset; each override is one of somebody's."""
     known: dict[str, Mapping[str, object]] = {
-        name: SLICE_PARAMETERS if name in FLEETS else PRESETS[name].parameters
+        name: FLEETS[name].parameters if name in FLEETS else PRESETS[name].parameters
         for name in names
         if name in FLEETS or name in PRESETS
     }

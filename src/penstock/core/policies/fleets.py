@@ -73,6 +73,18 @@ class FleetPreset:
     instance: str = "sls"
     keeps: bool = False
 
+    @property
+    def parameters(self) -> Mapping[str, float | int]:
+        """Those of :data:`SLICE_PARAMETERS` that mean something here, with their defaults."""
+        used = {
+            "slice_tokens": True,
+            "interval": self.intervals != "none",
+            "interval_share": self.intervals == "adaptive",
+            "safety": self.packed,
+            "batch_size": self.fixed,
+        }
+        return {name: value for name, value in SLICE_PARAMETERS.items() if used[name]}
+
 
 _SCLS = "SCLS (arXiv 2406.13511)"
 FLEETS: Mapping[str, FleetPreset] = MappingProxyType(
@@ -159,9 +171,9 @@ def build_fleet(
             msg = f"place {place!r} needs a preset with slices, such as scls; {name} has none"
             raise ValueError(msg)
         return Fleet(DispatchPolicy(Each(), chosen, Interval()), name, parameters)
-    unknown = sorted(set(parameters) - set(SLICE_PARAMETERS))
+    unknown = sorted(set(parameters) - set(fleet.parameters))
     if unknown:
-        known = ", ".join(SLICE_PARAMETERS)
+        known = ", ".join(fleet.parameters)
         msg = f"preset {name!r} has no parameter {unknown[0]!r}; it has: {known}"
         raise ValueError(msg)
     values = dict(SLICE_PARAMETERS)
