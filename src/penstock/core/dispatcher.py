@@ -122,7 +122,6 @@ class Dispatcher:
         self._next = -math.inf
         self._next_move = -math.inf
         self._batches = 0
-        self.returned = 0
 
     @property
     def due(self) -> float:
@@ -341,6 +340,4 @@ class Dispatcher:
     def _back_to_pool(self, member: _Member, now: float) -> None:
         if not self._pool:
             self._pooled_at = now
-        if member.stays:
-            self.returned += 1
         self._pool[member.request.id] = member

@@ -10,7 +10,7 @@ Search: for one length, ``T(n, L) = c(L) + n x(L)`` with ``x`` not falling in ``
 later cut ``j`` is better than an earlier one for some ``i``, it is for all that follow, and the
 memory, too, only rules out earlier ones as ``i`` grows.  The cuts that are still of use wait in a
 queue, each with the first ``i`` that it is the best for; that is found by bisection.
-Cost: O(n log n); 10,000 requests take some 50 ms.  The recurrence as it stands, over
+Cost: O(n log n); 10,000 requests take some 25 ms.  The recurrence as it stands, over
 ``n * Nmax`` pairs, takes seconds in Python.
 Limits: equal slices for all; no deadlines.
 """
