@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "scls": {"slice_tokens": 16, "interval": 0.25},
     "past-future": {},
 }
-LOAD = ("--lengths", "sharegpt", "--scale", "0.125", "--cap", "128")
+LOAD = ("--lengths", "sharegpt", "--scale", "0.125", "--cap", "160")
 KV_TOKENS = 16_384
 COUNT, RATE = 400, 12.0
 OTHER = ("--requests", "80", "--rate", "5", "--seed", "99")
