@@ -132,7 +132,7 @@ class Admission:
     def _candidate(self, draft: Draft, entry: Entry) -> Candidate:
         cached, held = self._hits(entry)
         size = self._books.ledger.block_size
-        rest = max(0, entry.total - cached * size - draft.prefill_left)
+        rest = max(0, entry.total - max(cached * size, entry.imported) - draft.prefill_left)
         return Candidate(
             request=entry.request,
             seq=entry.seq,
@@ -160,5 +160,5 @@ class Admission:
             self.wait.admitted(draft.now)
         books.start(entry, blocks_for(entry.total, books.ledger.block_size) - cached, keys)
         self.admissions += 1
-        draft.starts.append(Start(entry.request.id, entry.total, keys))
+        draft.starts.append(Start(entry.request.id, entry.total, keys, entry.imported))
         draft.chunk(entry)

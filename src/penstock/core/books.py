@@ -90,7 +90,7 @@ class Books:
         self.reserved += entry.most_blocks
         entry.move(State.PREFILL)
         entry.published = len(keys)
-        entry.computed = len(keys) * self.ledger.block_size
+        entry.computed = max(len(keys) * self.ledger.block_size, entry.imported)
         entry.last_plan = self.number + 1
         entry.why = ""
         self.prefill[entry.request.id] = entry

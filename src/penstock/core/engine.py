@@ -11,6 +11,27 @@ from penstock.core.types import Capabilities, RequestId, StepPlan, StepResult
 _DEFAULT = SamplingParams()
 
 
+class KV(Protocol):
+    """KV of a request's first tokens on its way from one engine to another.
+
+    An engine takes what an engine of its own kind and model gave, and refuses all else.
+
+    Attributes:
+        tokens: how many.
+        bytes: what it weighs.
+    """
+
+    @property
+    def tokens(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """See the class."""
+        ...
+
+
 class Work(NamedTuple):
     """What an engine must know about a request and a scheduler must not.
 
@@ -20,6 +41,10 @@ class Work(NamedTuple):
         generated: output tokens that it has already, from an instance that it was on before.
             The next token is the one that would have come there: penalties count them, and the
             random stream goes on behind them.
+        kv: KV of its first tokens, as :meth:`Engine.take_kv` gave it on the instance that it was
+            on before; needed if a plan starts it with ``imported`` tokens.
+        keep_kv: whether its KV is to be kept, outside of KV memory, when its final drop is
+            applied, for :meth:`Engine.take_kv`.
         trace_length: benchmarks only: end it with STOP at exactly this many
             output tokens, whatever the model says.  No policy but the oracle
             ever sees it.
@@ -29,6 +54,8 @@ class Work(NamedTuple):
     sampling: SamplingParams = _DEFAULT
     trace_length: int | None = None
     generated: Sequence[int] = ()
+    kv: KV | None = None
+    keep_kv: bool = False
 
 
 class Ticket(NamedTuple):
@@ -67,6 +94,13 @@ class Engine(Protocol):
 
     def discard(self, request_id: RequestId) -> None:
         """Forget a payload that no plan has started, or whose final drop has been applied."""
+        ...
+
+    def take_kv(self, request_id: RequestId) -> KV | None:
+        """Hand out, once, what was kept of a request when its final drop was applied.
+
+        None if nothing was: it was not asked to, or the request had no KV.
+        """
         ...
 
     def submit(self, plan: StepPlan) -> Ticket:

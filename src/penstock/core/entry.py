@@ -57,6 +57,11 @@ class Entry:
         """Tokens that must have KV before it can yield its next one."""
         return self.request.prompt_tokens + self.generated
 
+    @property
+    def imported(self) -> int:
+        """Tokens whose KV comes along when it starts."""
+        return 0 if self.evictions else self.request.computed
+
     def move(self, state: State) -> None:
         """Change state; raises on an illegal move."""
         check_move(self.request.id, self.state, state)

@@ -83,6 +83,9 @@ class Request:
             they count towards ``cap``, which must be larger.
         batch: number of the static batch that it runs in; 0: of none.  Only policies with
             static batches read it.
+        computed: tokens, from its first one on, whose KV comes along from there: fewer than it
+            has.  An eviction loses that KV as well.
+        first_token: when its first token came, on the runtime's clock, if it has tokens.
 
     Raises:
         ValueError: a count is out of range.
@@ -99,6 +102,8 @@ class Request:
     prefix: tuple[PrefixKey, ...] = ()
     generated: int = 0
     batch: int = 0
+    computed: int = 0
+    first_token: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "cap"):
@@ -109,6 +114,10 @@ class Request:
         if not 0 <= self.generated < self.cap:
             msg = f"request {self.id}: generated is {self.generated}"
             raise ValueError(f"{msg}; it must be at least 0 and below its cap ({self.cap})")
+        tokens = self.prompt_tokens + self.generated
+        if not 0 <= self.computed < tokens:
+            msg = f"request {self.id}: computed is {self.computed}"
+            raise ValueError(f"{msg}; it must be at least 0 and below its tokens ({tokens})")
 
 
 _COUNTS = (
@@ -178,16 +187,19 @@ class Drop(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A request enters (again) with no KV of its own.
+    """A request enters (again) with no KV of its own, or with what comes from elsewhere.
 
-    ``cached`` are the keys of shared blocks that are its first blocks; its
-    first :class:`Chunk` begins behind them.  ``tokens`` is how many tokens
-    (prompt plus what it has generated) must have KV before it samples.
+    ``cached`` are the keys of shared blocks that are its first blocks.  ``imported`` is how many
+    tokens, from its first one on, have KV in its payload: of these the engine copies what is not
+    in the cached blocks, and keeps the payload's KV no longer.  Its first :class:`Chunk` begins
+    behind both.  ``tokens`` is how many tokens (prompt plus what it has generated) must have KV
+    before it samples.
     """
 
     id: RequestId
     tokens: int
     cached: tuple[PrefixKey, ...] = ()
+    imported: int = 0
 
 
 class Chunk(NamedTuple):
