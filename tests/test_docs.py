@@ -127,7 +127,8 @@ def preset_row(preset: presets.Preset) -> tuple[str, ...]:
     fixed = {"period": preset.period, "per_pass": preset.per_pass}
     usual = {"period": 1, "per_pass": 0}
     shown = {**preset.parameters, **{k: v for k, v in fixed.items() if v != usual[k]}}
-    answers = (preset.order, preset.admit_name, preset.share, preset.victim)
+    share = f"{preset.share}, {preset.pack}" if preset.pack else preset.share
+    answers = (preset.order, preset.admit_name, share, preset.victim)
     return (*answers, " ".join(f"`{k}={v}`" for k, v in shown.items()) or "none")
 
 

@@ -83,7 +83,7 @@ def presets() -> None:
         print(f"  {preset.source}")
         print(
             f"  order {preset.order} · admit {preset.admit_name} · share {preset.share}"
-            f" · victim {preset.victim}"
+            f"{', ' * bool(preset.pack)}{preset.pack} · victim {preset.victim}"
         )
         print(f"  parameters: {settings or 'none'}")
     for fleet in FLEETS.values():

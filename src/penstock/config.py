@@ -88,9 +88,19 @@ class SchedulerConfig(_Section):
     """Which policy decides, and its seed."""
 
     preset: str = Field("past-future", description="Scheduling preset; see 'penstock presets'.")
-    order: Literal["fcfs", "priority"] | None = Field(
-        None, description="Who is considered first, instead of the preset's answer."
-    )
+    order: (
+        Literal[
+            "fcfs",
+            "priority",
+            "shortest-prefill",
+            "earliest-deadline",
+            "least-laxity",
+            "aged-shortest",
+            "urgency-literal",
+            "urgency",
+        ]
+        | None
+    ) = Field(None, description="Who is considered first, instead of the preset's answer.")
     parameters: dict[str, int | float] = Field(
         default_factory=dict,
         description="Overrides of the preset's parameters, as --parameters.NAME VALUE.",

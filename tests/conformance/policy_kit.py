@@ -12,19 +12,24 @@ from dataclasses import replace
 from math import isnan
 from random import Random
 
+import numpy as np
+
+from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.policies.base import (
     Admit,
     AdmitPolicy,
     Answer,
     Defer,
     OrderPolicy,
+    PackPolicy,
     Policy,
+    RankPolicy,
     Reject,
     SharePolicy,
     Split,
     VictimPolicy,
 )
-from penstock.core.snapshot import Candidate, Columns, Snapshot
+from penstock.core.snapshot import Candidate, Columns, Decoding, Ints, Prompts, Snapshot
 from penstock.core.types import SLO, Ended, FinishReason, OnMiss, Request
 from tests.core.drive import Job, capabilities, run
 from tests.core.views import Row, candidate, columns, snapshot
@@ -47,6 +52,49 @@ def check_order_policy(make: Callable[[], OrderPolicy]) -> None:
     assert all(old <= new for old, new in zip(keys, later, strict=True)), (
         "among equals, who arrives later must not come first, or nobody is sure to be served"
     )
+
+
+def check_rank_policy(make: Callable[[], RankPolicy]) -> None:
+    """Every row once, and the same for the same past."""
+    for case in range(CASES):
+        prompts = _prompts(Random(case), 2 + case % 30)
+        before = [column.tobytes() for column in prompts]
+        orders = []
+        for _ in range(2):
+            policy = make()
+            for load, seconds in _steps(case % 4):
+                policy.observe(load, seconds)
+            orders.append([policy.rank(prompts, 60.0).tolist() for _ in range(3)])
+        assert orders[0] == orders[1], f"case {case}: the same past, another order"
+        for order in orders[0]:
+            assert sorted(order) == list(range(len(prompts.seq))), f"case {case}: {order}"
+        assert [column.tobytes() for column in prompts] == before, f"case {case}: it wrote"
+
+
+def check_pack_policy(make: Callable[[], PackPolicy]) -> None:
+    """Rows that are there, each once, at least one; the same for the same past."""
+    packed = 0
+    for case in range(CASES):
+        decoding = _decoding(Random(case))
+        before = [column.tobytes() for column in decoding]
+        answers = []
+        for _ in range(2):
+            policy = make()
+            for load, seconds in _steps(case):
+                policy.observe(load, seconds)
+            for length in range(1, 1 + case):
+                policy.ended(100 * length)
+            chosen = policy.choose(decoding, 100.0)
+            answers.append(None if chosen is None else chosen.tolist())
+        assert answers[0] == answers[1], f"case {case}: the same past, another subset"
+        assert [column.tobytes() for column in decoding] == before, f"case {case}: it wrote"
+        rows = answers[0]
+        if rows is not None:
+            packed += 1
+            assert rows, f"case {case}: nobody advances"
+            assert len(set(rows)) == len(rows), f"case {case}: {rows}"
+            assert set(rows) <= set(range(len(decoding.context))), f"case {case}: {rows}"
+    assert packed, "all advance in every case: nothing was tried"
 
 
 def check_admit_policy(
@@ -95,7 +143,7 @@ def check_share_policy(make: Callable[[], SharePolicy]) -> None:
         assert isinstance(split.decode, bool)
         assert isinstance(split.prefill, int)
         assert split.prefill >= 0, f"case {case}: {split}"
-        tokens = split.prefill + (decoding if split.decode else 0)
+        tokens = split.prefill + (view.decoding if split.decode else 0)
         assert 0 < tokens <= most, f"case {case}: {tokens} tokens of at most {most}"
 
 
@@ -243,6 +291,44 @@ def _row(random: Random, block_size: int) -> Row:
     shared = random.choice([0, 0, (prompt - 1) // block_size * block_size])
     lag = random.choice([0, 0, 0, 2])
     return Row(prompt, generated, generated + random.randint(1, 60), shared, lag)
+
+
+def _prompts(random: Random, count: int) -> Prompts:
+    rows = []
+    for seq in random.sample(range(1000), count):
+        tokens = random.randint(1, 20_000)
+        ttft = random.choice([np.inf, 1.0, 8.0])
+        computed, generated = random.randrange(tokens), random.choice([0, 0, 0, 7])
+        rows.append((seq, random.uniform(0, 60), ttft, tokens, computed, generated))
+    seq, arrival, ttft, tokens, computed, generated = np.array(rows).T
+    whole = [column.astype(np.int64) for column in (seq, tokens, computed, generated)]
+    return Prompts(whole[0], arrival, ttft, *whole[1:])
+
+
+def _decoding(random: Random) -> Decoding:
+    count = random.randint(2, 40)
+    generated = np.array([random.randint(1, 300) for _ in range(count)])
+    # Tokens that came at half the pace, just in time, or faster.
+    first = 100.0 - generated * random.choice([0.02, 0.04, 0.1])
+    pace = np.array([random.choice([np.inf, 0.05, 0.05, 0.2]) for _ in range(count)])
+    gap = np.array([random.choice([np.inf, 1.0]) for _ in range(count)])
+    latest = np.full(count, 99.97)
+    return Decoding(_lengths(random, count), generated, first, latest, pace, gap)
+
+
+def _lengths(random: Random, count: int) -> Ints:
+    return np.array([random.choice([300, 2_000, 8_000, 100_000]) for _ in range(count)])
+
+
+def _steps(count: int) -> Iterator[tuple[StepLoad, float]]:
+    """Decode steps in which the longest context counts, and one prompt now and then."""
+    random = Random(count)
+    for _ in range(10 * count):
+        lengths = _lengths(random, random.randint(1, 40))
+        load = StepLoad(len(lengths), int(lengths.sum()), longest=int(lengths.max()))
+        yield load, 0.009 + 2.4e-7 * load.longest + 1e-4 * load.decoding
+        prefill = random.randint(1, 8192)
+        yield StepLoad(0, 0, prefill, prefill * prefill / 2, 1), 5e-5 * prefill
 
 
 def _request(random: Random, name: str) -> Request:

@@ -14,6 +14,7 @@ from penstock.core.policies.base import (
     Defer,
     Judge,
     OrderKey,
+    PackPolicy,
     Split,
 )
 from penstock.core.snapshot import Candidate, Columns, Snapshot
@@ -22,6 +23,8 @@ from tests.conformance.policy_kit import (
     check_admit_policy,
     check_composition,
     check_order_policy,
+    check_pack_policy,
+    check_rank_policy,
     check_share_policy,
     check_victim_policy,
 )
@@ -30,12 +33,28 @@ NAMES = sorted(presets.PRESETS)
 ORACLES = {"oracle"}
 # The presets that give these answers to "share" and "victim", by the answers' names.
 SHARES = {type(presets.build(name).share).__name__: name for name in NAMES}
+PACKING = {preset.pack: name for name, preset in presets.PRESETS.items() if preset.pack}
 VICTIMS = {type(presets.build(name).victim).__name__: name for name in NAMES}
 
 
 @pytest.mark.parametrize("name", sorted(presets.ORDERS))
 def test_order(name: str) -> None:
     check_order_policy(presets.ORDERS[name])
+
+
+@pytest.mark.parametrize("name", sorted(presets.RANKS))
+def test_rank(name: str) -> None:
+    check_rank_policy(presets.RANKS[name])
+
+
+@pytest.mark.parametrize("name", sorted(PACKING))
+def test_pack(name: str) -> None:
+    def make() -> PackPolicy:
+        made = presets.build(PACKING[name]).pack
+        assert made is not None
+        return made
+
+    check_pack_policy(make)
 
 
 @pytest.mark.parametrize("name", NAMES)

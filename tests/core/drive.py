@@ -48,6 +48,7 @@ class Job:
     priority: int = 0
     on_miss: OnMiss = OnMiss.KEEP
     ttft: float | None = None
+    tpot: float | None = None
     gap: float | None = None
     e2e: float | None = None
 
@@ -59,7 +60,7 @@ class Job:
     @property
     def slo(self) -> SLO:
         """What it was promised."""
-        return SLO(ttft=self.ttft, gap=self.gap, e2e=self.e2e)
+        return SLO(ttft=self.ttft, tpot=self.tpot, gap=self.gap, e2e=self.e2e)
 
 
 class Recorder(ScriptedEngine):

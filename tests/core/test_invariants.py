@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from random import Random
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.policies import presets
+from penstock.core.policies.base import Policy
 from penstock.core.scheduler import Scheduler
+from penstock.core.snapshot import Decoding, Ints, Prompts
 from penstock.core.types import Capabilities, FinishReason, OnMiss, Request, StepPlan
 from tests.core.drive import Job, policy, result, run
 
 NAMES = sorted(presets.PRESETS)
+ORDERS = ["fcfs", "priority", *presets.RANKS]
+SHARES = ["vllm", "tgi", "past-future"]
 
 
 @st.composite
@@ -50,6 +59,7 @@ def jobs(draw: st.DrawFn) -> list[Job]:
                 priority=draw(st.integers(0, 2)),
                 on_miss=draw(st.sampled_from(OnMiss)),
                 ttft=draw(st.none() | st.floats(1e-3, 0.05)),
+                tpot=draw(st.none() | st.floats(1e-3, 0.02)),
                 gap=draw(st.none() | st.floats(1e-3, 0.02)),
                 e2e=draw(st.none() | st.floats(1e-3, 0.2)),
             )
@@ -58,7 +68,7 @@ def jobs(draw: st.DrawFn) -> list[Job]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(machine=machines(), load=jobs(), order=st.sampled_from(["fcfs", "priority"]))
+@given(machine=machines(), load=jobs(), order=st.sampled_from(ORDERS))
 @settings(max_examples=60, deadline=None)
 def test_everything_that_always_holds(
     name: str, machine: Capabilities, load: list[Job], order: str
@@ -67,7 +77,54 @@ def test_everything_that_always_holds(
 
     The engine raises on any plan that it could not carry out.
     """
-    outcome = run(load, machine, presets.build(name, seed=1, order=order))
+    check(load, machine, presets.build(name, seed=1, order=order))
+
+
+@given(machine=machines(), load=jobs(), seed=st.integers(0, 1000), share=st.sampled_from(SHARES))
+@settings(max_examples=150, deadline=None)
+def test_whatever_rank_and_pack_answer(
+    machine: Capabilities, load: list[Job], seed: int, share: str
+) -> None:
+    """Orders and subsets drawn by lot, so that every entrance and exit of the mechanism is used."""
+    whim = Whim(Random(seed))
+    check(load, machine, replace(presets.build(share, seed=1), rank=whim, pack=whim))
+
+
+class Whim:
+    """Any order, any subset, and sometimes all."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+
+    def rank(self, prompts: Prompts, now: float) -> Ints:
+        assert (prompts.left > 0).all()
+        assert (prompts.arrival <= now).all()
+        rows = list(range(len(prompts.seq)))
+        self.random.shuffle(rows)
+        return np.array(rows)
+
+    def choose(self, decoding: Decoding, now: float) -> Ints | None:
+        count = len(decoding.context)
+        assert count > 1
+        assert (decoding.generated >= 1).all()
+        assert (decoding.first <= decoding.latest).all()
+        assert (decoding.latest <= now).all()
+        size = self.random.randint(1, count)
+        return None if size == count else np.array(self.random.sample(range(count), size))
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        assert load.decoding or load.prefill
+        assert load.decoding <= load.context
+        assert load.longest <= load.context
+        assert seconds > 0
+
+    def ended(self, length: int) -> None:
+        assert length >= 1
+
+
+def check(load: list[Job], machine: Capabilities, policy: Policy) -> None:
+    """Run a load and check what came of it."""
+    outcome = run(load, machine, policy)
     assert outcome.ended.keys() == {str(i) for i in range(len(load))}
     for index, job in enumerate(load):
         end = outcome.ended[str(index)]

@@ -53,7 +53,7 @@ def snapshot(
     overlap: int = 0,
     now: float = 0.0,
 ) -> Snapshot:
-    """A view of such rows, all of them decoding."""
+    """A view of such rows; those without a lag decode."""
     made = columns(rows)
     own = sum(-(-(row.prompt + row.generated - 1 - row.shared) // block_size) for row in rows)
     return Snapshot(
@@ -67,7 +67,7 @@ def snapshot(
         overlap=overlap,
         waiting=1,
         running=len(rows),
-        decoding=len(rows),
+        decoding=sum(not row.lag for row in rows),
         reserved=sum(-(-(row.prompt + row.cap) // block_size) for row in rows),
         caps_bind=True,
         gather=lambda count: made,  # noqa: ARG005

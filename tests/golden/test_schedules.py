@@ -104,7 +104,9 @@ def test_the_load_shows_what_matters() -> None:
         assert "forget " in text[name]
         assert "cancelled" in text[name]
         assert any(": " not in part and " " in part[6:] for part in _starts(text[name])), name
-    assert len(set(text.values())) == len(NAMES), "two presets do the same"
+    # DistServe's answers are vLLM's; they differ in what they are run on.
+    assert text.pop("distserve") == text["vllm"]
+    assert len(set(text.values())) == len(text), "two presets do the same"
 
 
 def _starts(text: str) -> list[str]:

@@ -1,13 +1,15 @@
-"""The admission pass: the queue's heads ask for memory, in order, until one is refused."""
+"""The admission pass: those first in order ask for memory, until one is refused."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.core.books import Books
 from penstock.core.entry import Entry
 from penstock.core.forecast.wait import WaitForecast
+from penstock.core.lifecycle import State
 from penstock.core.memory import blocks_for
 from penstock.core.policies.base import Admit, Defer, Judge, Policy, Reject
 from penstock.core.snapshot import Candidate
@@ -43,6 +45,15 @@ class Draft:
             self.sampling.append(entry)
 
 
+@dataclass(slots=True)
+class _Turn:
+    """A pass: how many may still start, the judge once there is one, and whom it rejected."""
+
+    left: int
+    judge: Judge | None = None
+    rejected: list[Ended] = field(default_factory=list)
+
+
 class Admission:
     """Asks the policy, and starts those it admits."""
 
@@ -58,48 +69,69 @@ class Admission:
 
     def run(self, draft: Draft) -> list[Ended]:
         """One pass; returns those the policy rejected."""
-        books, rejected = self._books, list[Ended]()
+        books = self._books
         head = books.queue.peek()
+        if not self._opens(draft, head):
+            return []
+        turn = _Turn(self._policy.per_pass or len(books.queue))
+        while head is not None and draft.prefill_left > 0 and self._ask(draft, turn, head):
+            head = books.queue.peek()
+        return turn.rejected
+
+    def run_ranked(self, draft: Draft, order: Sequence[Entry]) -> list[Ended]:
+        """One pass over those in prefill and those that wait, in this order."""
+        waiting = len(self._books.queue)
+        first = next((entry for entry in order if entry.state is not State.PREFILL), None)
+        asking = self._opens(draft, first)
+        turn = _Turn(self._policy.per_pass or waiting)
+        for entry in order:
+            if draft.prefill_left <= 0:
+                break
+            if entry.state is State.PREFILL:
+                draft.chunk(entry)
+            elif asking:
+                asking = self._ask(draft, turn, entry)
+        return turn.rejected
+
+    def _opens(self, draft: Draft, head: Entry | None) -> bool:
+        """Whether there is to be a pass; ``head`` is the first that waits."""
         if head is None:
             self.wait.emptied(draft.now)
-            return rejected
+            return False
         self.wait.waiting(head.waited_since)
         if draft.prefill_left <= 0 or not self._due(head):
-            return rejected
-        self._next_pass = books.number + self._policy.period
-        limit = self._policy.per_pass or len(books.queue)
-        judge: Judge | None = None
-        while head is not None and limit > 0 and draft.prefill_left > 0:
-            if books.slots >= books.capabilities.max_batch:
-                places = books.capabilities.max_batch
-                head.why = f"the batch is full: {books.slots} of {places} places taken"
-                self._block(head, None)
-                break
-            # One evicted from a plan in flight must have that plan's token first.
-            if head.last_plan > books.confirmed.number:
-                break
-            candidate = self._candidate(draft, head)
-            judge = judge or self._policy.admit.judge(books.view(draft.now))
-            answer = judge(candidate)
-            if candidate.blocks > books.ledger.free and isinstance(answer, Admit):
-                answer = Defer(
-                    f"KV memory: {candidate.blocks} blocks needed, {books.ledger.free} free"
-                )
-            if isinstance(answer, Reject):
-                tokens = books.output_tokens(head)
-                rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
-            elif isinstance(answer, Defer) and not self._alone(candidate):
-                head.why = answer.reason
-                self._block(head, self._policy.admit.holds)
-                break
-            else:
-                self._start(draft, head, candidate)
-                limit -= 1
-                if isinstance(answer, Defer):
-                    # This pass's judge does not count on whom it deferred.
-                    break
-            head = books.queue.peek()
-        return rejected
+            return False
+        self._next_pass = self._books.number + self._policy.period
+        return True
+
+    def _ask(self, draft: Draft, turn: _Turn, head: Entry) -> bool:
+        """Ask for one that waits; whether the pass goes on."""
+        books = self._books
+        if books.slots >= books.capabilities.max_batch:
+            places = books.capabilities.max_batch
+            head.why = f"the batch is full: {books.slots} of {places} places taken"
+            self._block(head, None)
+            return False
+        # One evicted from a plan in flight must have that plan's token first.
+        if head.last_plan > books.confirmed.number:
+            return False
+        candidate = self._candidate(draft, head)
+        turn.judge = turn.judge or self._policy.admit.judge(books.view(draft.now))
+        answer = turn.judge(candidate)
+        if candidate.blocks > books.ledger.free and isinstance(answer, Admit):
+            answer = Defer(f"KV memory: {candidate.blocks} blocks needed, {books.ledger.free} free")
+        if isinstance(answer, Reject):
+            tokens = books.output_tokens(head)
+            turn.rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
+            return True
+        if isinstance(answer, Defer) and not self._alone(candidate):
+            head.why = answer.reason
+            self._block(head, self._policy.admit.holds)
+            return False
+        self._start(draft, head, candidate)
+        turn.left -= 1
+        # This pass's judge does not count on whom it deferred.
+        return turn.left > 0 and not isinstance(answer, Defer)
 
     def quiet_steps(self) -> float:
         """Steps after the plan just made in which no pass could bring anything new."""

@@ -61,6 +61,8 @@ class Books:
         self.queue = WaitingQueue()
         self.decode = DecodeSet(capabilities.block_size, enforce_caps=enforce_caps)
         self.prefill: dict[RequestId, Entry] = {}
+        # Those in State.DECODE that do not advance in the plan being made.
+        self.paused: dict[RequestId, Entry] = {}
         self.draining: dict[RequestId, Entry] = {}
         self.entries: dict[RequestId, Entry] = {}
         self.deadlines = Deadlines()
@@ -76,7 +78,7 @@ class Books:
     @property
     def running(self) -> int:
         """Requests that hold memory and have tokens to come."""
-        return len(self.decode) + len(self.prefill)
+        return len(self.decode) + len(self.prefill) + len(self.paused)
 
     @property
     def slots(self) -> int:
@@ -140,6 +142,25 @@ class Books:
         self.decode.join(entry)
         return False
 
+    def pause(self, entry: Entry, latest_at: float) -> None:
+        """A decoding request keeps its memory and gets no token for now."""
+        self.decode.leave(entry)
+        entry.last_plan = self.number
+        entry.latest_at = latest_at
+        if entry.first_at is None:
+            entry.first_at = latest_at
+        self.paused[entry.request.id] = entry
+
+    def resume(self, entry: Entry) -> None:
+        """A paused request decodes again, unless its last token is still in flight."""
+        if entry.last_plan > self.confirmed.number:
+            return
+        del self.paused[entry.request.id]
+        # Ticks in which it sat out may be confirmed later.
+        entry.floor = entry.generated
+        entry.base = entry.generated - self.decode.ticks
+        self.decode.join(entry)
+
     def drain(self, entry: Entry) -> None:
         """A request's last token is planned."""
         entry.last_plan = self.number
@@ -197,11 +218,11 @@ class Books:
         if entry.sampled_in > self.confirmed.number:
             return entry.sampled_as - 1
         generated = entry.generated
-        if entry.state is State.DECODE:
+        if entry.request.id in self.decode:
             generated = self.decode.generated(entry)
         if not entry.sampled_in:
             return generated
-        return min(generated, entry.base + self.confirmed.tick)
+        return max(entry.floor, min(generated, entry.base + self.confirmed.tick))
 
     def release_confirmed(self) -> None:
         """Release those whom no plan in flight names any more."""
@@ -221,15 +242,15 @@ class Books:
         # In the order of its fields: by name costs twice as much, in every step.
         return Snapshot(
             now, self.number + 1, ledger.capacity, ledger.block_size, ledger.used, ledger.common,
-            self._lingering_blocks(), overlap, len(self.queue), decoding + len(self.prefill),
-            decoding, self.reserved, self._enforce_caps, self.columns,
+            self._lingering_blocks(), overlap, len(self.queue), self.running, decoding,
+            self.reserved, self._enforce_caps, self.columns,
         )  # fmt: skip
 
     def columns(self, count: int | None = None) -> Columns:
-        """The first ``count`` running requests: those that decode, then those in prefill."""
+        """The first ``count`` running requests: those that decode, the paused, those in prefill."""
         seq, prompt, generated, cap = self.decode.columns()
         ids = self.decode.ids
-        rows = list(self.prefill.values())
+        rows = [*self.paused.values(), *self.prefill.values()]
         if count is not None:
             rows = rows[: max(0, count - len(ids))]
         shared = np.zeros(len(ids) + len(rows), dtype=np.int64)
@@ -245,7 +266,10 @@ class Books:
             )
             lag = np.zeros_like(shared)
             per_step = self.prefill_per_step
-            lag[len(ids) :] = [-(-(e.total - e.computed) // per_step) for e in rows]
+            lag[len(ids) :] = [
+                0 if e.state is State.DECODE else -(-(e.total - e.computed) // per_step)
+                for e in rows
+            ]
             ids = (*ids, *(e.request.id for e in rows))
         if self.ledger.common:
             holders = [*self.decode.entries, *rows]
@@ -265,9 +289,11 @@ class Books:
 
     def _stop_running(self, entry: Entry) -> None:
         self.reserved -= entry.most_blocks
-        if entry.state is State.DECODE:
+        if entry.request.id in self.decode:
             self.decode.leave(entry)
             entry.last_plan = self.number
+        elif entry.state is State.DECODE:
+            del self.paused[entry.request.id]
         else:
             del self.prefill[entry.request.id]
 

@@ -31,6 +31,9 @@ class Entry:
         last_plan: number of the last plan that names it; while it decodes, not kept up to date.
         waited_since: when it last entered the waiting queue.
         most_blocks: blocks for its prompt and its cap.
+        floor: output tokens that it surely has; kept where it sat out of decode steps.
+        first_at: when its first token came, in seconds; None: it has none, or nobody asked.
+        latest_at: when its latest token came, while it sits out of decode steps.
         why: why it is still waiting, if anyone said so.
     """
 
@@ -50,6 +53,9 @@ class Entry:
     evictions: int = 0
     why: str = ""
     most_blocks: int = 0
+    floor: int = 0
+    first_at: float | None = None
+    latest_at: float = 0.0
     holding: Holding = field(default_factory=Holding)
 
     @property

@@ -17,9 +17,14 @@ from typing import NamedTuple
 from penstock.core.admission import Admission, Draft
 from penstock.core.books import Books, Confirmed
 from penstock.core.entry import Entry
+from penstock.core.fits import check_fits
+from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.lifecycle import State
+from penstock.core.loads import load_of
 from penstock.core.memory import blocks_for
+from penstock.core.packing import pack, resume_all
 from penstock.core.policies.base import Policy
+from penstock.core.ranking import ranked
 from penstock.core.stats import Stats
 from penstock.core.types import (
     Capabilities,
@@ -35,15 +40,20 @@ from penstock.core.types import (
 )
 
 _BY_ARRIVAL = attrgetter("seq")
+_OWN_ENDS = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 
 
 class _Flight(NamedTuple):
-    """A plan that is not confirmed: its tick, its chunks, and who reaches a cap in it."""
+    """A plan that is not confirmed: its tick, its chunks, and who reaches a cap in it.
+
+    ``load`` is what it computes, where a policy wants to know.
+    """
 
     number: int
     tick: int
     chunks: tuple[Chunk, ...]
     capped: list[Entry]
+    load: StepLoad | None
 
 
 class Scheduler:
@@ -78,6 +88,7 @@ class Scheduler:
         self._enforce_caps = enforce_caps
         self._arrivals = 0
         self._step_blocks = 0
+        self._learns = policy.rank is not None or policy.pack is not None
 
     @property
     def step_blocks(self) -> int:
@@ -134,12 +145,7 @@ class Scheduler:
         if request.id in books.entries or request.id in books.leaving.ids:
             msg = f"request id {request.id!r} is in use"
             raise RequestError("id", msg)
-        self._check_fits(request)
-        size = self.capabilities.block_size
-        full = request.prompt_tokens // size
-        if len(request.prefix) > full:
-            msg = f"prefix has {len(request.prefix)} keys for {full} full blocks of {size} tokens"
-            raise RequestError("prefix", msg)
+        check_fits(request, self.capabilities)
 
     def cancel(
         self,
@@ -159,15 +165,21 @@ class Scheduler:
         books = self._books
         if books.deadlines.next <= now:
             self._act_on_misses(now)
+        if self.policy.pack is not None:
+            pack(books, self.policy.pack, now)
         split = self.policy.share.split(books.view(now), self.capabilities.max_step_tokens)
         books.prefill_per_step = max(1, split.prefill)
         draft = Draft(now, books.leaving.drops, split.prefill)
         books.leaving.drops = []
         decodes = split.decode and self._make_room(draft)
-        if books.prefill:
+        if self.policy.rank is not None:
+            order = ranked(books, self.policy.rank, now)
+            rejected = self._admission.run_ranked(draft, order)
+        else:
             for entry in books.prefill.values():
                 draft.chunk(entry)
-        for ended in self._admission.run(draft):
+            rejected = self._admission.run(draft)
+        for ended in rejected:
             self._observe(ended)
         return self._emit(draft, decodes=decodes)
 
@@ -196,6 +208,8 @@ class Scheduler:
                 for _, key in chunk.publish:
                     books.ledger.void(key)
         tick = flight.tick
+        if flight.load is not None and result.steps == 1 and result.seconds > 0:
+            self._learn(flight.load, result.seconds)
         if result.steps > 1:
             books.coast(result.steps - 1)
             tick += result.steps - 1
@@ -251,13 +265,14 @@ class Scheduler:
         if entry.state in {State.WAITING, State.EVICTED}:
             head = books.queue.peek()
             why = entry.why
-            if head is not None and head is not entry:
+            if head is not None and head is not entry and self.policy.rank is None:
                 why = f"behind {head.request.id}" + (f" ({head.why})" if head.why else "")
             return f"{entry.state}: {why or 'not considered yet'}"
         done = books.output_tokens(entry)
         if entry.state is State.PREFILL:
             return f"{entry.state}: {entry.computed} of {entry.total} tokens computed"
-        return f"{entry.state}: {done} of at most {entry.request.cap} output tokens"
+        pauses = "; sits out: the others are quicker without it" * (request_id in books.paused)
+        return f"{entry.state}: {done} of at most {entry.request.cap} output tokens{pauses}"
 
     def check(self) -> None:
         """Raise AssertionError if the books contradict themselves (when idle, and in tests)."""
@@ -270,21 +285,6 @@ class Scheduler:
         if len(found) > 1:
             found.sort(key=_BY_ARRIVAL)
         return found
-
-    def _check_fits(self, request: Request) -> None:
-        longest = request.prompt_tokens + request.cap
-        capabilities = self.capabilities
-        what = f"prompt ({request.prompt_tokens} tokens) and max_tokens ({request.cap})"
-        msg = ""
-        if longest > capabilities.max_request_tokens:
-            limit = capabilities.max_request_tokens
-            msg = f"{what} are {longest} tokens together; at most {limit} are allowed"
-        # The last token's KV is never computed.
-        elif blocks_for(longest - 1, capabilities.block_size) > capabilities.kv_blocks:
-            room = capabilities.kv_tokens
-            msg = f"{what} need KV memory for {longest - 1} tokens; there is room for {room}"
-        if msg:
-            raise RequestError("max_tokens", msg)
 
     def _act_on_misses(self, now: float) -> None:
         for miss in self._books.deadlines.due(now):
@@ -303,6 +303,8 @@ class Scheduler:
             running = books.columns()
             victim = running.ids[self.policy.victim.choose(running)]
             draft.drops.append(books.evict(books.entries[victim], draft.now))
+            if books.paused and not len(books.decode):
+                resume_all(books)
             growth = books.decode.growth()
         books.ledger.grow(growth)
         return len(books.decode) > 0
@@ -315,6 +317,7 @@ class Scheduler:
             return None
         books.number += 1
         self._step_blocks = books.ledger.used
+        load = load_of(draft, books.decode if decodes else None) if self._learns else None
         decode: tuple[RequestId, ...] = ()
         capped: list[Entry] = []
         if decodes:
@@ -332,7 +335,7 @@ class Scheduler:
         for drop in draft.drops:
             if drop.final:
                 books.leaving.ids.discard(drop.id)
-        self._flights.append(_Flight(books.number, books.decode.ticks, chunks, capped))
+        self._flights.append(_Flight(books.number, books.decode.ticks, chunks, capped, load))
         repeat = self._repeat() if decodes and not chunks and not capped else 1
         return StepPlan(
             books.number, tuple(draft.drops), forget, tuple(draft.starts), chunks, decode,
@@ -347,8 +350,15 @@ class Scheduler:
         # left out by the share policy, for once.
         if most == 1 or books.leaving.ended or books.prefill or not self.policy.share.steady:
             return 1
+        if self.policy.pack is not None or (self.policy.rank is not None and len(books.queue)):
+            return 1
         further = min(books.quiet_steps(), self._admission.quiet_steps())
         return int(max(1, min(most, 1 + further)))
+
+    def _learn(self, load: StepLoad, seconds: float) -> None:
+        for policy in (self.policy.rank, self.policy.pack):
+            if policy is not None:
+                policy.observe(load, seconds)
 
     def _finish_chunk(self, entry: Entry, start: int, tokens: int) -> Chunk:
         """Name the blocks that a chunk fills, for others to share from the next plan on."""
@@ -377,3 +387,5 @@ class Scheduler:
     def _observe(self, ended: Ended | None) -> None:
         if ended is not None:
             self.policy.admit.observe(ended)
+            if self.policy.pack is not None and ended.reason in _OWN_ENDS:
+                self.policy.pack.ended(ended.output_tokens)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from penstock.core.types import Request, RequestId
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,52 @@ class Columns:
     def tokens(self) -> Ints:
         """KV tokens each holds for itself once the current step has run."""
         return self.prompt + self.generated - self.shared
+
+
+class Prompts(NamedTuple):
+    """The requests that have tokens to compute before their next one, one row each.
+
+    Attributes:
+        seq: order of arrival, int64.
+        arrival: seconds, float64.
+        ttft: promised seconds to the first token, float64; infinite: nothing was promised.
+        tokens: tokens that must have KV before it yields one, int64.
+        computed: tokens of those that have it, int64.
+        generated: output tokens that it has, int64: above 0 for those that were evicted or come
+            from another instance.
+    """
+
+    seq: Ints
+    arrival: Floats
+    ttft: Floats
+    tokens: Ints
+    computed: Ints
+    generated: Ints
+
+    @property
+    def left(self) -> Ints:
+        """Tokens to compute."""
+        return self.tokens - self.computed
+
+
+class Decoding(NamedTuple):
+    """The requests that decode, or would, one row each.
+
+    Attributes:
+        context: tokens that its next step attends to, int64.
+        generated: output tokens that it has, int64.
+        first: when its first token came, float64, seconds.
+        latest: when its latest token came, float64, seconds.
+        tpot: promised seconds per token, float64; infinite: nothing was promised.
+        gap: promised largest gap, in seconds, float64; infinite: nothing was promised.
+    """
+
+    context: Ints
+    generated: Ints
+    first: Floats
+    latest: Floats
+    tpot: Floats
+    gap: Floats
 
 
 class Candidate(NamedTuple):

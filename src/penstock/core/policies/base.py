@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
-from penstock.core.snapshot import Candidate, Columns, Snapshot
+from penstock.core.forecast.latency.base import StepLoad
+from penstock.core.snapshot import Candidate, Columns, Decoding, Ints, Prompts, Snapshot
 from penstock.core.types import Ended, Request
 
 
@@ -44,6 +45,41 @@ class OrderPolicy(Protocol):
 
     def key(self, request: Request) -> OrderKey:
         """A key that does not change while the request waits."""
+        ...
+
+
+class RankPolicy(Protocol):
+    """Who computes its prompt first, asked anew before every step?
+
+    Where a policy has one, its answer holds for those that wait and for those whose prompt is
+    half done alike: a request is interrupted at the end of a chunk when another comes before it.
+    """
+
+    def rank(self, prompts: Prompts, now: float) -> Ints:
+        """Rows of ``prompts``, each once, the first first."""
+        ...
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from a measured step."""
+        ...
+
+
+class PackPolicy(Protocol):
+    """Which of the decoding requests advance in this step?  The others keep their KV memory."""
+
+    def choose(self, decoding: Decoding, now: float) -> Ints | None:
+        """Rows of ``decoding`` that advance, at least one; None: all.
+
+        ``decoding`` has at least two.
+        """
+        ...
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from a measured step."""
+        ...
+
+    def ended(self, length: int) -> None:
+        """Learn from a request that came to its own end: its output tokens."""
         ...
 
 
@@ -119,6 +155,8 @@ class Policy:
     Attributes:
         period: steps from one admission pass to the next (``max_wait_tokens`` in LightLLM).
         per_pass: most requests admitted in one pass; 0 is no limit.
+        rank: an order that is asked before every step, instead of ``order``; None: ``order``.
+        pack: which decoding requests advance; None: all.
     """
 
     order: OrderPolicy
@@ -127,6 +165,8 @@ class Policy:
     victim: VictimPolicy
     period: int = 1
     per_pass: int = 0
+    rank: RankPolicy | None = None
+    pack: PackPolicy | None = None
 
     def __post_init__(self) -> None:
         if self.period < 1:

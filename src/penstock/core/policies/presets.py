@@ -9,16 +9,35 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from penstock.core.forecast.latency.base import LatencyModel
+from penstock.core.forecast.prompt_time import LengthAware, PromptTime, RunningRate
 from penstock.core.policies.admit.aggressive import Aggressive
 from penstock.core.policies.admit.capped import Capped
 from penstock.core.policies.admit.conservative import Conservative
 from penstock.core.policies.admit.oracle import Oracle
 from penstock.core.policies.admit.past_future import PastFuture
 from penstock.core.policies.admit.static import Static
-from penstock.core.policies.base import AdmitPolicy, OrderPolicy, Policy, SharePolicy
+from penstock.core.policies.base import (
+    AdmitPolicy,
+    OrderPolicy,
+    PackPolicy,
+    Policy,
+    RankPolicy,
+    SharePolicy,
+)
 from penstock.core.policies.order.batch import InBatches
 from penstock.core.policies.order.fcfs import Fcfs
 from penstock.core.policies.order.priority import Priority
+from penstock.core.policies.order.ranks import (
+    AgedShortest,
+    EarliestDeadline,
+    LeastLaxity,
+    ShortestPrefill,
+)
+from penstock.core.policies.order.urgency import Urgency
+from penstock.core.policies.order.urgency_literal import UrgencyLiteral
+from penstock.core.policies.pack.slack import Slack
+from penstock.core.policies.pack.slack_literal import SlackLiteral, step_table
 from penstock.core.policies.share.continuous import Continuous
 from penstock.core.policies.share.static import StaticShare
 from penstock.core.policies.victim.latest_arrived import LatestArrived
@@ -29,7 +48,23 @@ _OPTIONAL = frozenset({"cold_start"})
 ORDERS: Mapping[str, Callable[[], OrderPolicy]] = MappingProxyType(
     {"fcfs": Fcfs, "priority": Priority, "batch": InBatches}
 )
-"""Orders by name."""
+"""Orders that keep their places, by name."""
+RANKS: Mapping[str, Callable[..., RankPolicy]] = MappingProxyType(
+    {
+        "shortest-prefill": ShortestPrefill,
+        "earliest-deadline": EarliestDeadline,
+        "least-laxity": LeastLaxity,
+        "aged-shortest": AgedShortest,
+        "urgency-literal": UrgencyLiteral,
+        "urgency": Urgency,
+    }
+)
+"""Orders that are made anew before every step, by name."""
+PACKS = ("slack-literal", "slack")
+"""Answers to which decoding requests advance; without one of them, all do."""
+
+_RANK_PARAMETERS = ("length_aware", "lost_share")
+_PACK_PARAMETERS = ("tpot", "margin", "stretch")
 
 
 def _without_rng(make: Callable[..., AdmitPolicy]) -> AdmitFactory:
@@ -51,6 +86,8 @@ class Preset:
         admit: makes that answer from a random source and parameters.
         parameters: the defaults of what may be overridden by name, in :func:`build`.
         period, per_pass: see :class:`~penstock.core.policies.base.Policy`.
+        order: one of :data:`ORDERS` or :data:`RANKS`.
+        pack: one of :data:`PACKS`, or none.
     """
 
     name: str
@@ -63,6 +100,7 @@ class Preset:
     order: str = "fcfs"
     share: str = "continuous"
     victim: str = "latest-arrived"
+    pack: str = ""
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -123,6 +161,43 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 _without_rng(Capped),
                 MappingProxyType({"parallel": 16}),
             ),
+            Preset(
+                "distserve",
+                "DistServe's schedulers, Kairos's baseline (arXiv 2605.02329): "
+                "first come first served, all decode",
+                "aggressive",
+                _without_rng(Aggressive),
+                MappingProxyType({"watermark": 0.99}),
+            ),
+            Preset(
+                "kairos-literal",
+                "Kairos (arXiv 2605.02329) as printed: prompts by urgency, decoding by slack",
+                "aggressive",
+                _without_rng(Aggressive),
+                MappingProxyType({"watermark": 0.99, "length_aware": 0, "tpot": 0.05}),
+                order="urgency-literal",
+                pack="slack-literal",
+            ),
+            Preset(
+                "kairos",
+                "Kairos repaired, with Past-Future's admission",
+                "past-future",
+                PastFuture,
+                MappingProxyType(
+                    {
+                        "window": 1000,
+                        "reserve": 0.03,
+                        "cold_start": None,
+                        "length_aware": 1,
+                        "lost_share": 0.1,
+                        "tpot": 0.05,
+                        "margin": 0.05,
+                        "stretch": 2.0,
+                    }
+                ),
+                order="urgency",
+                pack="slack",
+            ),
         )
     }
 )
@@ -136,6 +211,7 @@ def build(
     order: str | None = None,
     period: int | None = None,
     token_budget: int = 0,
+    profile: LatencyModel | None = None,
     **parameters: float | None,
 ) -> Policy:
     """Make a preset's policy.
@@ -143,9 +219,10 @@ def build(
     Args:
         name: one of :data:`PRESETS`.
         seed: of the policy's random source.
-        order: one of :data:`ORDERS`, instead of the preset's.
+        order: one of :data:`ORDERS` or :data:`RANKS`, instead of the preset's.
         period: steps from one admission pass to the next, instead of the preset's.
         token_budget: most tokens in a step; 0 is the engine's limit.
+        profile: step times of the machine, for ``slack-literal`` to begin with.
         parameters: overrides of the preset's ``parameters``.
 
     Raises:
@@ -158,15 +235,43 @@ def build(
         msg = f"preset {name!r} has no parameter {unknown[0]!r}; it has: {known}"
         raise ValueError(msg)
     checked = {key: _checked(preset, key, value) for key, value in parameters.items()}
+    values = {**preset.parameters, **checked}
+    ranking = {key: values.pop(key) for key in _RANK_PARAMETERS if key in values}
+    packing = {key: values.pop(key) for key in _PACK_PARAMETERS if key in values}
     order_name = preset.order if order is None else order
+    ranks = order_name in RANKS
     return Policy(
-        order=_find(ORDERS, "order", order_name)(),
-        admit=preset.admit(np.random.default_rng(seed), **{**preset.parameters, **checked}),
+        order=Fcfs() if ranks else _find({**ORDERS, **RANKS}, "order", order_name)(),
+        admit=preset.admit(np.random.default_rng(seed), **values),
         share=_share(preset.share, token_budget),
         victim=LatestArrived(),
         period=preset.period if period is None else period,
         per_pass=preset.per_pass,
+        rank=_rank(order_name, ranking) if ranks else None,
+        pack=_pack(preset.pack, packing, profile),
     )
+
+
+def _rank(name: str, values: Mapping[str, Any]) -> RankPolicy:
+    """One of :data:`RANKS`; each takes those of the values that mean something to it."""
+    # What a preset of another order does not say is the order's own choice.
+    aware = values.get("length_aware", name == "urgency")
+    if aware not in {0, 1}:
+        msg = f"length_aware is {aware}; it must be 0 or 1"
+        raise ValueError(msg)
+    time: PromptTime = LengthAware() if aware else RunningRate()
+    if name == "urgency":
+        share = values.get("lost_share")
+        return Urgency(time=time) if share is None else Urgency(share, time=time)
+    if name in {"urgency-literal", "least-laxity"}:
+        return RANKS[name](time)
+    return RANKS[name]()
+
+
+def _pack(name: str, values: Mapping[str, Any], profile: LatencyModel | None) -> PackPolicy | None:
+    if name == "slack-literal":
+        return SlackLiteral(values["tpot"], step_table(profile))
+    return Slack(**values) if name == "slack" else None
 
 
 def _share(name: str, token_budget: int) -> SharePolicy:

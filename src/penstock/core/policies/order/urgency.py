@@ -1,0 +1,93 @@
+"""The most prompts in time: those that can make it by deadline, the others after them.
+
+Problem: Kairos's printed score picks the longest among late requests, and may starve
+(:mod:`penstock.core.policies.order.urgency_literal`).
+Source: Kairos (arXiv 2605.02329) for the aim; Moore (1968, with Hodgson) for the rule, which
+keeps the most jobs of one machine in time; the share of the others is our own.
+Rule: go through the requests by deadline, adding up their times; whenever one would be late,
+give up the longest of those so far.  Those kept run by deadline.  Those given up come after them,
+the shortest first, but one step in ``1 / lost_share`` begins with the oldest of them, so that
+each ends.  Requests that have output already, evicted ones, come before all.  All is made anew
+before every step, so a request given up comes back where time is found.
+Limits: knows nothing of who will arrive; a prompt that cannot make it at all gets the lost share
+only, under load: the oldest lost one computes a step's tokens in every ``1 / lost_share`` steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from math import ceil
+
+import numpy as np
+
+from penstock.core.forecast.latency.base import StepLoad
+from penstock.core.forecast.prompt_time import LengthAware, PromptTime
+from penstock.core.snapshot import Ints, Prompts
+
+
+@dataclass(slots=True)
+class Urgency:
+    """Those who can be in time, by deadline.
+
+    Attributes:
+        lost_share: of the steps begins with the oldest of those who cannot, in (0, 1].
+        time: how long prompts take.
+    """
+
+    lost_share: float = 0.1
+    patience: float = 30.0
+    time: PromptTime = field(default_factory=LengthAware)
+    _since: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lost_share <= 1:
+            msg = f"lost_share is {self.lost_share}; it must be in (0, 1]"
+            raise ValueError(msg)
+
+    def rank(self, prompts: Prompts, now: float) -> Ints:
+        """Continuing, kept, lost; now and then the oldest lost one first."""
+        seconds = self.time.seconds(prompts.computed, prompts.tokens)
+        continuing = prompts.generated > 0
+        deadline = np.where(continuing, -np.inf, prompts.arrival + prompts.ttft)
+        fresh = continuing & (now - prompts.arrival < self.patience)
+        size = np.where(fresh, prompts.tokens, 0)
+        order = np.lexsort((prompts.seq, size, deadline))
+        kept, lost = _most_in_time(order.tolist(), seconds.tolist(), deadline.tolist(), now)
+        if not lost:
+            self._since = 0
+            return order
+        lost.sort(key=lambda row: (seconds[row], prompts.seq[row]))
+        self._since += 1
+        if self._since >= ceil(1 / self.lost_share):
+            self._since = 0
+            oldest = min(lost, key=prompts.seq.__getitem__)
+            lost.remove(oldest)
+            kept.insert(0, oldest)
+        return np.array(kept + lost, dtype=np.int64)
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn how long prompts take."""
+        self.time.observe(load, seconds)
+
+
+def _most_in_time(
+    order: list[int], seconds: list[float], deadline: list[float], now: float
+) -> tuple[list[int], list[int]]:
+    """Rows that can be in time, as many as possible, by deadline; and the others.
+
+    Those without a deadline behind them (minus infinity) are kept and take their time.
+    """
+    longest: list[tuple[float, int]] = []
+    given_up: set[int] = set()
+    end = now
+    for row in order:
+        end += seconds[row]
+        if deadline[row] == -np.inf:
+            continue
+        heappush(longest, (-seconds[row], row))
+        if end > deadline[row]:
+            time, out = heappop(longest)
+            end += time
+            given_up.add(out)
+    return [row for row in order if row not in given_up], list(given_up)

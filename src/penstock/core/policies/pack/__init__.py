@@ -1,0 +1,1 @@
+"""Which decoding requests advance in this step?"""
