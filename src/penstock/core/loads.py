@@ -1,29 +1,39 @@
-"""What a plan computes, for policies that learn how long steps take."""
+"""What a plan computes, for those who learn or predict how long steps take."""
 
 from __future__ import annotations
 
-from penstock.core.admission import Draft
+from collections.abc import Iterable
+
 from penstock.core.entry import DecodeSet
 from penstock.core.forecast.latency.base import StepLoad
 
 
-def load_of(draft: Draft, decode: DecodeSet | None) -> StepLoad:
-    """Of a plan in the making; ``decode``: who gets a token, before they get it.
+def load_of(
+    decoding: int, context: int, longest: int, chunks: Iterable[tuple[int, int]]
+) -> StepLoad:
+    """A step of decoding requests and chunks.
 
-    One token of a prompt costs what a decoding request does, and counts as one.
+    Args:
+        decoding, context, longest: of those that decode; see :class:`StepLoad`.
+        chunks: (first token, tokens) of each.  One token costs what a decoding request does, and
+            counts as one: so begins a request whose KV came from another instance.
     """
-    decoding = context = longest = prefill = chunks = 0
+    prefill = count = 0
     work = 0.0
-    if decode is not None:
-        _, prompt, generated, _ = decode.columns()
-        attended = prompt + generated
-        decoding, context = len(attended), int(attended.sum())
-        longest = int(attended.max())
-    for _, start, tokens in draft.chunks:
+    for start, tokens in chunks:
         if tokens == 1:
             decoding, context = decoding + 1, context + start + 1
             longest = max(longest, start + 1)
         else:
-            prefill, chunks = prefill + tokens, chunks + 1
+            prefill, count = prefill + tokens, count + 1
             work += tokens * (start + tokens / 2)
-    return StepLoad(decoding, context, prefill, work, chunks, longest)
+    return StepLoad(decoding, context, prefill, work, count, longest)
+
+
+def load_of_draft(chunks: Iterable[tuple[int, int]], decode: DecodeSet | None) -> StepLoad:
+    """Of a plan in the making; ``decode``: who gets a token, before they get it."""
+    if decode is None:
+        return load_of(0, 0, 0, chunks)
+    _, prompt, generated, _ = decode.columns()
+    attended = prompt + generated
+    return load_of(len(attended), int(attended.sum()), int(attended.max()), chunks)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-from penstock.core.engine import Engine, Ticket, Work
+from penstock.core.engine import KV, Engine, Ticket, Work
 from penstock.core.scheduler import Scheduler
 from penstock.core.stats import Stats
-from penstock.core.types import Ended, FinishReason, Request, RequestId, Token
+from penstock.core.types import Drop, Ended, FinishReason, Request, RequestId, Token
+
+_NOBODY: Mapping[RequestId, KV | None] = MappingProxyType({})
 
 
 class StepOutput(NamedTuple):
@@ -19,7 +22,8 @@ class StepOutput(NamedTuple):
     ended are left out.  A request's last token is in ``tokens`` of the same
     output whose ``ended`` names it.  ``seconds`` is what the engine measured for the
     step, ``planning`` what the scheduler took for the plans made meanwhile, ``steps`` how
-    often the engine ran the plan.
+    often the engine ran the plan.  ``kept`` is the KV of requests that ended, where their work
+    said to keep it, None where there was none; it may come one output after the end.
     """
 
     tokens: Mapping[RequestId, Token]
@@ -27,6 +31,7 @@ class StepOutput(NamedTuple):
     seconds: float
     planning: float
     steps: int = 1
+    kept: Mapping[RequestId, KV | None] = _NOBODY
 
 
 class Runtime:
@@ -42,6 +47,8 @@ class Runtime:
         self._clock = clock
         self._flight: deque[Ticket] = deque()
         self._planning = 0.0
+        self._keeping: set[RequestId] = set()
+        self._kept: dict[RequestId, KV | None] = {}
 
     def add(self, request: Request, work: Work) -> None:
         """Take a request in.
@@ -63,6 +70,8 @@ class Runtime:
             raise ValueError(msg)
         self.scheduler.validate(request)
         self.engine.open(request.id, work)
+        if work.keep_kv:
+            self._keeping.add(request.id)
         self.scheduler.enter(request, work.trace_length)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> bool:
@@ -83,6 +92,9 @@ class Runtime:
             if plan is None:
                 break
             self._flight.append(self.engine.submit(plan))
+            if self._keeping:
+                for drop in plan.drops:
+                    self._take_kept(drop)
         return bool(self._flight)
 
     def finish(self) -> StepOutput | None:
@@ -90,20 +102,36 @@ class Runtime:
         planning, self._planning = self._planning, 0.0
         if not self._flight:
             ended = self._take_ended()
-            return StepOutput({}, ended, 0.0, planning, 0) if ended else None
+            if not ended and not self._kept:
+                return None
+            return StepOutput({}, ended, 0.0, planning, 0, self._hand_over())
         result = self.engine.collect(self._flight.popleft())
         stale = self.scheduler.confirm(result)
         tokens = result.tokens
         if stale:
             tokens = {key: value for key, value in tokens.items() if key not in stale}
-        return StepOutput(tokens, self._take_ended(), result.seconds, planning, result.steps)
+        ended = self._take_ended()
+        kept = self._hand_over() if self._kept else _NOBODY
+        return StepOutput(tokens, ended, result.seconds, planning, result.steps, kept)
 
     def stats(self) -> Stats:
         """The scheduler's state in numbers."""
         return self.scheduler.stats(self._clock())
 
+    def _take_kept(self, drop: Drop) -> None:
+        if drop.final and drop.id in self._keeping:
+            self._keeping.remove(drop.id)
+            self._kept[drop.id] = self.engine.take_kv(drop.id)
+
+    def _hand_over(self) -> Mapping[RequestId, KV | None]:
+        kept, self._kept = self._kept, {}
+        return kept
+
     def _take_ended(self) -> tuple[Ended, ...]:
         ended = self.scheduler.take_ended()
         for request_id in self.scheduler.take_forgotten():
             self.engine.discard(request_id)
+            if request_id in self._keeping:
+                self._keeping.remove(request_id)
+                self._kept[request_id] = None
         return ended

@@ -20,7 +20,7 @@ from penstock.core.entry import Entry
 from penstock.core.fits import check_fits
 from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.lifecycle import State
-from penstock.core.loads import load_of
+from penstock.core.loads import load_of_draft
 from penstock.core.memory import blocks_for
 from penstock.core.packing import pack, resume_all
 from penstock.core.policies.base import Policy
@@ -317,7 +317,10 @@ class Scheduler:
             return None
         books.number += 1
         self._step_blocks = books.ledger.used
-        load = load_of(draft, books.decode if decodes else None) if self._learns else None
+        load: StepLoad | None = None
+        if self._learns:
+            spans = ((start, tokens) for _, start, tokens in draft.chunks)
+            load = load_of_draft(spans, books.decode if decodes else None)
         decode: tuple[RequestId, ...] = ()
         capped: list[Entry] = []
         if decodes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from penstock.core.engine import Ticket, Work
+from penstock.core.engine import KV, Ticket, Work
 from penstock.core.memory import prefix_keys
 from penstock.core.types import (
     Capabilities,
@@ -20,8 +20,10 @@ from penstock.core.types import (
     StepResult,
     Token,
 )
+from penstock.engine import handoff
 from penstock.engine.endings import Endings
 from penstock.engine.errors import PlanError
+from penstock.engine.handoff import HostKV
 from penstock.engine.limits import plan_capabilities
 from penstock.engine.loading import LoadedModel, load_model
 from penstock.engine.rows import Ints, Rows, Tokens
@@ -68,6 +70,7 @@ class NativeEngine:
         # because their step failed; and the requests that were to begin with one of them.
         self._lost: set[PrefixKey] = set()
         self._broken: dict[RequestId, str] = {}
+        self._kept: dict[RequestId, HostKV] = {}
 
     @classmethod
     def load(  # noqa: PLR0913 - each is a setting of its own
@@ -158,6 +161,8 @@ class NativeEngine:
             raise RequestError("prompt", msg)
         self._checked("stop_token_ids", work.sampling.stop_token_ids)
         generated = self._checked("generated", work.generated)
+        if work.kv is not None:
+            self._check_kv(work.kv, len(prompt) + len(generated))
         self._sampler.open(request_id, work.prompt, work.sampling, work.generated)
         self._opened[request_id] = _Opened(work, np.concatenate((prompt, generated)))
 
@@ -172,6 +177,10 @@ class NativeEngine:
             raise PlanError(msg)
         if self._opened.pop(request_id, None) is not None:
             self._sampler.close(request_id)
+
+    def take_kv(self, request_id: RequestId) -> HostKV | None:
+        """What was kept of a request when its final drop was applied, in host memory."""
+        return self._kept.pop(request_id, None)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Run a step; it is done when this returns.
@@ -214,6 +223,7 @@ class NativeEngine:
         """Give the KV memory back.  Idempotent."""
         self._runner.close()
         self._opened.clear()
+        self._kept.clear()
         self._result = None
 
     def check(self) -> None:
@@ -244,6 +254,9 @@ class NativeEngine:
             row = self._rows.row(drop.id)
             for index, key in drop.publish:
                 self._rows.publish(row, index, key)
+            if drop.final and self._opened[drop.id].work.keep_kv and drop.id not in self._broken:
+                blocks, computed = self._rows.blocks(row), int(self._rows.computed[row])
+                self._kept[drop.id] = handoff.export(self._runner.layers, blocks, computed)
             tokens = self._rows.drop(drop.id)
             self._broken.pop(drop.id, None)
             if drop.final:
@@ -259,6 +272,35 @@ class NativeEngine:
             self._rows.check_idle()
         for start in plan.starts:
             self._start(start.id, start.tokens, start.cached)
+            if start.imported:
+                self._import(start.id, start.imported)
+
+    def _import(self, request_id: RequestId, tokens: int) -> None:
+        """Write the KV that a request brings into its blocks, and keep it no longer."""
+        opened = self._opened[request_id]
+        kv = opened.work.kv
+        if not isinstance(kv, HostKV) or kv.tokens < tokens:
+            there = kv.tokens if kv is not None else 0
+            msg = f"request {request_id} starts with KV of {tokens} tokens; it brings {there}"
+            raise PlanError(msg)
+        opened.work = opened.work._replace(kv=None)
+        row = self._rows.row(request_id)
+        start, blocks = self._rows.bring(row, tokens)
+        # A lost shared block was to be its beginning; what it brings has that too.
+        self._broken.pop(request_id, None)
+        handoff.bring_in(self._runner.layers, blocks, start, tokens, kv)
+
+    def _check_kv(self, kv: KV, tokens: int) -> None:
+        if not isinstance(kv, HostKV):
+            msg = f"kv is {type(kv).__name__}; it must come from an engine of this kind"
+            raise RequestError("kv", msg)
+        if kv.tokens >= tokens:
+            msg = f"kv is of {kv.tokens} tokens; the request has {tokens}, the last without KV"
+            raise RequestError("kv", msg)
+        try:
+            handoff.check(self._runner.layers, kv)
+        except handoff.HandoffError as error:
+            raise RequestError("kv", str(error)) from error
 
     def _start(self, request_id: RequestId, tokens: int, cached: tuple[PrefixKey, ...]) -> None:
         opened = self._opened.get(request_id)

@@ -114,12 +114,29 @@ class Rows:
         self.computed[row] = len(blocks) * self._block_size
         self._held[row] = len(blocks)
 
+    def bring(self, row: int, tokens: int) -> tuple[int, Blocks]:
+        """Blocks for tokens whose KV comes from elsewhere, and from which token on it is needed.
+
+        Raises:
+            KVOverflowError: there are not enough.
+        """
+        start = int(self.computed[row])
+        count = max(0, tokens - start)
+        one = np.array([row], dtype=np.int64)
+        self.grow(Segments(one, np.array([start]), np.array([count])))
+        self.computed[row] = start + count
+        return start, self.blocks(row)
+
+    def blocks(self, row: int) -> Blocks:
+        """The blocks of a row."""
+        return self.table[row, : self._held[row]]
+
     def drop(self, request_id: RequestId) -> Tokens:
         """Take a request's row and blocks away; returns all tokens it had."""
         row = self.row(request_id)
         del self._row[request_id]
         self._free.append(row)
-        self.pool.release(self._blocks(row))
+        self.pool.release(self.blocks(row))
         return self.known(row)
 
     def known(self, row: int) -> Tokens:
@@ -189,11 +206,8 @@ class Rows:
         if not self._row:
             self.pool.check_idle()
 
-    def _blocks(self, row: int) -> Blocks:
-        return self.table[row, : self._held[row]]
-
     def _tables(self) -> Iterator[Blocks]:
-        return (self._blocks(row) for row in self._row.values())
+        return (self.blocks(row) for row in self._row.values())
 
 
 def ragged(starts: Ints, counts: Ints) -> Ints:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from penstock.engine.attention import PagedLayer, Stage, attach, detach
+from penstock.engine.attention import PagedLayer, Stage, attach, attached, detach
 from penstock.engine.errors import UnsupportedModelError
 from penstock.engine.kernels import PagedBatch
 from penstock.engine.loading import LoadedModel
@@ -64,6 +64,11 @@ class Runner:
             attach(site.module, layer)
             self._attached.append(site.module)
         self._rehearse()
+
+    @property
+    def layers(self) -> list[PagedLayer]:
+        """The KV caches, in the order of the model's attention layers."""
+        return [attached(module) for module in self._attached]
 
     def close(self) -> None:
         """Give the KV caches back.  Idempotent."""

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from penstock.core.engine import Ticket, Work
 from penstock.core.forecast.latency.base import LatencyModel, StepLoad
+from penstock.core.loads import load_of
 from penstock.core.types import Capabilities, Drop, RequestId, StepPlan, StepResult, Token
 from penstock.sim.clock import VirtualClock
+from penstock.sim.kv import SimKV
 from penstock.sim.padding import Rectangle
 from penstock.sim.ticks import TickTimes
 from penstock.sim.track import Track
@@ -85,6 +87,8 @@ class SimEngine:
         self._latency = latency
         self._clock = clock
         self._tracks: dict[RequestId, Track] = {}
+        self._keeps: set[RequestId] = set()
+        self._kept: dict[RequestId, SimKV] = {}
         self._decoding: dict[RequestId, Track] = {}
         self._joining: list[Track] = []
         self._decode: tuple[RequestId, ...] = ()
@@ -100,6 +104,8 @@ class SimEngine:
         if work.trace_length is None:
             msg = f"request {request_id}: trace_length is None; the simulator needs a length"
             raise ValueError(msg)
+        if work.keep_kv:
+            self._keeps.add(request_id)
         self._tracks[request_id] = Track(
             request_id, len(work.prompt), work.trace_length, len(work.generated)
         )
@@ -111,6 +117,11 @@ class SimEngine:
     def discard(self, request_id: RequestId) -> None:
         """Forget a request."""
         del self._tracks[request_id]
+        self._keeps.discard(request_id)
+
+    def take_kv(self, request_id: RequestId) -> SimKV | None:
+        """What was kept at the final drop: its size."""
+        return self._kept.pop(request_id, None)
 
     def settle(self, track: Track) -> None:
         """Bring a track up to date: it had a token in each tick up to now."""
@@ -196,12 +207,8 @@ class SimEngine:
         longest = self._longest.at(self.ticks.count) if self._longest and decoding else 0
         if not plan.chunks:
             return self._latency.seconds(StepLoad(decoding, context, longest=longest))
-        prefill, work = 0, 0.0
-        for chunk in plan.chunks:
-            prefill += chunk.tokens
-            work += chunk.tokens * (chunk.start + chunk.tokens / 2)
-        load = StepLoad(decoding, context, prefill, work, len(plan.chunks), longest)
-        return self._latency.seconds(load)
+        spans = ((chunk.start, chunk.tokens) for chunk in plan.chunks)
+        return self._latency.seconds(load_of(decoding, context, longest, spans))
 
     def _attended(self, plan: StepPlan) -> tuple[int, int]:
         """Requests that a decode step computes, and the KV tokens that they attend to."""
@@ -259,6 +266,10 @@ class SimEngine:
             self._joining.remove(track)
         if drop.final:
             del self._tracks[drop.id]
+            if drop.id in self._keeps:
+                self._keeps.remove(drop.id)
+                # Its latest token has none.
+                self._kept[drop.id] = SimKV(track.prompt + track.generated - 1)
 
     def _decode_only(self, decode: tuple[RequestId, ...]) -> None:
         """Make the set of decoding requests what the plan says."""
@@ -268,13 +279,13 @@ class SimEngine:
         for track in self._joining:
             self._start_decoding(track)
         self._joining.clear()
-        # All that may decode do, unless the numbers differ.
-        if len(decode) != len(self._decoding):
-            named = set(decode)
-            for request_id in self._decoding.keys() - named:
-                self._stop_decoding(self._decoding[request_id])
-            for request_id in named - self._decoding.keys():
-                self._start_decoding(self._tracks[request_id])
+        named = set(decode)
+        if named != self._decoding.keys():
+            # Lists, in an order that does not depend on how names hash.
+            for track in [t for name, t in self._decoding.items() if name not in named]:
+                self._stop_decoding(track)
+            for name in [name for name in decode if name not in self._decoding]:
+                self._start_decoding(self._tracks[name])
 
     def _start_decoding(self, track: Track) -> None:
         track.joins(self.ticks)

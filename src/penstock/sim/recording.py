@@ -17,8 +17,9 @@ from typing import IO, NamedTuple
 
 import msgspec
 
-from penstock.core.engine import Engine, Ticket, Work
+from penstock.core.engine import KV, Engine, Ticket, Work
 from penstock.core.forecast.latency.base import StepLoad
+from penstock.core.loads import load_of
 from penstock.core.types import Capabilities, RequestId, StepPlan, StepResult
 
 
@@ -93,6 +94,10 @@ class RecordingEngine:
         self._engine.discard(request_id)
         self._known.pop(request_id, None)
 
+    def take_kv(self, request_id: RequestId) -> KV | None:
+        """Hand it on."""
+        return self._engine.take_kv(request_id)
+
     def submit(self, plan: StepPlan) -> Ticket:
         """Hand it on, and note what is to be computed."""
         for drop in plan.drops:
@@ -101,7 +106,7 @@ class RecordingEngine:
                 del self._known[drop.id]
         follows = bool(self._started)
         self._started.update(start.id for start in plan.starts)
-        self._pending = (plan, load_of(plan, self._known), follows)
+        self._pending = (plan, load_of_plan(plan, self._known), follows)
         return self._engine.submit(plan)
 
     def collect(self, ticket: Ticket) -> StepResult:
@@ -167,7 +172,7 @@ def read_steps(path: Path) -> list[StepRecord]:
     return steps
 
 
-def load_of(plan: StepPlan, known: dict[RequestId, int]) -> StepLoad:
+def load_of_plan(plan: StepPlan, known: dict[RequestId, int]) -> StepLoad:
     """What a plan computes.
 
     Args:
@@ -175,11 +180,5 @@ def load_of(plan: StepPlan, known: dict[RequestId, int]) -> StepLoad:
             one attends.
     """
     contexts = [known[request_id] for request_id in plan.decode]
-    return StepLoad(
-        decoding=len(contexts),
-        context=sum(contexts),
-        prefill=sum(chunk.tokens for chunk in plan.chunks),
-        prefill_work=sum(chunk.tokens * (chunk.start + chunk.tokens / 2) for chunk in plan.chunks),
-        chunks=len(plan.chunks),
-        longest=max(contexts, default=0),
-    )
+    chunks = ((chunk.start, chunk.tokens) for chunk in plan.chunks)
+    return load_of(len(contexts), sum(contexts), max(contexts, default=0), chunks)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from penstock.bench.fitted import fitted
 from penstock.core.engine import Ticket, Work
 from penstock.core.forecast.latency.base import LatencyModel, StepLoad
+from penstock.core.loads import load_of
 from penstock.core.memory import prefix_keys
 from penstock.core.types import (
     Capabilities,
@@ -28,6 +29,7 @@ from penstock.core.types import (
     StepResult,
     Token,
 )
+from penstock.sim.kv import SimKV
 
 LENGTHS = "azure-conversation"
 """Whose output lengths requests get: median 128 tokens, 5 % above 450."""
@@ -108,6 +110,7 @@ class ServedEngine:
         assert drawn is not None
         self._lengths: NDArray[np.int64] = drawn
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._kept: dict[RequestId, SimKV] = {}
         self._started: set[RequestId] = set()
         self._due = float("-inf")
         self._result: StepResult | None = None
@@ -122,6 +125,10 @@ class ServedEngine:
             if not 0 <= token < self._vocab_size:
                 msg = f"prompt: token id {token} is not in [0, {self._vocab_size})"
                 raise RequestError("prompt", msg)
+        known = len(work.prompt) + len(work.generated)
+        if work.kv is not None and work.kv.tokens >= known:
+            msg = f"kv is of {work.kv.tokens} tokens; the request has {known}, the last without KV"
+            raise RequestError("kv", msg)
         named = np.array(work.prompt, dtype=np.int64).tobytes()
         source = np.random.default_rng([crc32(named), work.sampling.seed or 0, self._seed])
         length, says_end = work.trace_length, False
@@ -135,11 +142,18 @@ class ServedEngine:
         """Forget a request."""
         del self._sequences[request_id]
 
+    def take_kv(self, request_id: RequestId) -> SimKV | None:
+        """What was kept at the final drop: its size."""
+        return self._kept.pop(request_id, None)
+
     def submit(self, plan: StepPlan) -> Ticket:
         """Begin a step."""
         for drop in plan.drops:
             self._started.discard(drop.id)
             if drop.final:
+                left = self._sequences[drop.id]
+                if left.work.keep_kv:
+                    self._kept[drop.id] = SimKV(len(left.work.prompt) + left.generated - 1)
                 self.discard(drop.id)
         follows = bool(self._started)
         self._started.update(start.id for start in plan.starts)
@@ -183,16 +197,9 @@ class ServedEngine:
             len(sequence.work.prompt) + sequence.generated
             for sequence in map(self._sequences.__getitem__, plan.decode)
         ]
-        return StepLoad(
-            decoding=len(contexts),
-            context=sum(contexts),
-            prefill=sum(chunk.tokens for chunk in plan.chunks),
-            prefill_work=sum(
-                chunk.tokens * (chunk.start + chunk.tokens / 2) for chunk in plan.chunks
-            ),
-            chunks=len(plan.chunks),
-            longest=max(contexts, default=0) if self._latency.wants_longest else 0,
-        )
+        longest = max(contexts, default=0)
+        chunks = ((chunk.start, chunk.tokens) for chunk in plan.chunks)
+        return load_of(len(contexts), sum(contexts), longest, chunks)
 
     def _say(
         self,

@@ -45,6 +45,23 @@ class _Sequence:
         return len(self.tokens) - len(self.work.prompt)
 
 
+@dataclass(frozen=True, slots=True)
+class ScriptedKV:
+    """KV of a scripted request: the tokens that its blocks held."""
+
+    held: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return len(self.held)
+
+    @property
+    def bytes(self) -> int:
+        """Eight a token."""
+        return 8 * len(self.held)
+
+
 class ScriptedEngine:
     """Deterministic tokens, strict bookkeeping, modelled seconds.
 
@@ -77,6 +94,7 @@ class ScriptedEngine:
         self._free = deque(range(capabilities.kv_blocks))
         self._cached: dict[PrefixKey, int] = {}
         self._flight: deque[StepResult] = deque()
+        self._kept: dict[RequestId, ScriptedKV] = {}
         self._next_plan = 1
         self.peak_blocks = 0
 
@@ -101,6 +119,9 @@ class ScriptedEngine:
         if length is None:
             length = 1 + _mix(work.prompt, b"length") % (2 * self._mean_length)
         known = [*work.prompt, *work.generated]
+        if work.kv is not None and work.kv.tokens >= len(known):
+            msg = f"kv is of {work.kv.tokens} tokens; the request has {len(known)}"
+            raise RequestError("kv", msg)
         self._sequences[request_id] = _Sequence(work, known, length)
 
     def discard(self, request_id: RequestId) -> None:
@@ -109,6 +130,10 @@ class ScriptedEngine:
         _require(
             not sequence.table, f"{request_id} was discarded with {len(sequence.table)} blocks"
         )
+
+    def take_kv(self, request_id: RequestId) -> ScriptedKV | None:
+        """What was kept at the final drop."""
+        return self._kept.pop(request_id, None)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Carry a plan out, checking every line of it."""
@@ -123,6 +148,8 @@ class ScriptedEngine:
             self._release(self._cached.pop(key))
         for start in plan.starts:
             self._start(start.id, start.tokens, start.cached)
+            if start.imported:
+                self._import(start.id, start.imported)
         names = [chunk.id for chunk in plan.chunks] + list(plan.decode)
         _require(len(set(names)) == len(names), "a request is named twice in one step")
         running = sum(sequence.started for sequence in self._sequences.values())
@@ -186,6 +213,28 @@ class ScriptedEngine:
         sequence.computed = len(cached) * self.capabilities.block_size
         _require(sequence.computed < tokens, f"{request_id} has nothing left to compute")
 
+    def _import(self, request_id: RequestId, tokens: int) -> None:
+        sequence = self._sequences[request_id]
+        kv = sequence.work.kv
+        _require(isinstance(kv, ScriptedKV), f"{request_id} brings no KV")
+        assert isinstance(kv, ScriptedKV)
+        _require(kv.tokens == tokens, f"{request_id} brings KV of {kv.tokens} tokens, not {tokens}")
+        sequence.work = sequence.work._replace(kv=None)
+        start = sequence.computed
+        self._write(sequence, start, kv.held[start:])
+
+    def _write(self, sequence: _Sequence, start: int, held: Sequence[int]) -> None:
+        size = self.capabilities.block_size
+        while len(sequence.table) < blocks_for(start + len(held), size):
+            _require(bool(self._free), "no free KV block is left")
+            block = self._free.popleft()
+            self._refs[block] = 1
+            sequence.table.append(block)
+        for position, token in enumerate(held, start):
+            block = sequence.table[position // size]
+            self._blocks[block][position % size] = token
+        sequence.computed += len(held)
+
     def _compute(self, request_id: RequestId, start: int, count: int) -> _Sequence:
         sequence = self._sequences[request_id]
         _require(sequence.started, f"{request_id} computes but has not started")
@@ -194,16 +243,7 @@ class ScriptedEngine:
             f"{request_id}: chunk at {start}, not at {sequence.computed}",
         )
         _require(start + count <= len(sequence.tokens), f"{request_id} computes unknown tokens")
-        size = self.capabilities.block_size
-        while len(sequence.table) < blocks_for(start + count, size):
-            _require(bool(self._free), "no free KV block is left")
-            block = self._free.popleft()
-            self._refs[block] = 1
-            sequence.table.append(block)
-        for position in range(start, start + count):
-            block = sequence.table[position // size]
-            self._blocks[block][position % size] = sequence.tokens[position]
-        sequence.computed += count
+        self._write(sequence, start, sequence.tokens[start : start + count])
         return sequence
 
     def _sample(
@@ -213,11 +253,7 @@ class ScriptedEngine:
         stopped: dict[RequestId, tuple[PrefixKey, ...]],
     ) -> Token:
         size = self.capabilities.block_size
-        read = [
-            self._blocks[sequence.table[position // size]][position % size]
-            for position in range(sequence.computed)
-        ]
-        token = _mix(read, b"token") % self._vocab_size
+        token = _mix(self._read(sequence), b"token") % self._vocab_size
         sequence.tokens.append(token)
         if sequence.generated == sequence.length and not sequence.stopped:
             sequence.stopped = True
@@ -227,6 +263,14 @@ class ScriptedEngine:
             stopped[request_id] = keys
         return Token(token)
 
+    def _read(self, sequence: _Sequence) -> list[int]:
+        """What the blocks hold."""
+        size = self.capabilities.block_size
+        return [
+            self._blocks[sequence.table[position // size]][position % size]
+            for position in range(sequence.computed)
+        ]
+
     def _drop(
         self, request_id: RequestId, *, final: bool, publish: Sequence[tuple[int, PrefixKey]]
     ) -> None:
@@ -234,6 +278,8 @@ class ScriptedEngine:
         _require(sequence.started, f"{request_id} is dropped but holds nothing")
         for index, key in publish:
             self._publish(sequence, index, key)
+        if final and sequence.work.keep_kv and sequence.computed:
+            self._kept[request_id] = ScriptedKV(tuple(self._read(sequence)))
         for block in sequence.table:
             self._release(block)
         sequence.table.clear()

@@ -43,7 +43,7 @@ class RunningRate:
     def seconds(self, computed: Ints, tokens: Ints) -> Floats:
         """Tokens over the rate."""
         each = self._seconds / self._tokens if self._tokens else 0.0
-        spread: Floats = (tokens - computed) * each
+        spread: Floats = (tokens - computed).astype(np.float64) * each
         return spread
 
     def observe(self, load: StepLoad, seconds: float) -> None:

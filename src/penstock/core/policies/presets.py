@@ -241,7 +241,7 @@ def build(
     order_name = preset.order if order is None else order
     ranks = order_name in RANKS
     return Policy(
-        order=Fcfs() if ranks else _find({**ORDERS, **RANKS}, "order", order_name)(),
+        order=Fcfs() if ranks else _order(order_name),
         admit=preset.admit(np.random.default_rng(seed), **values),
         share=_share(preset.share, token_budget),
         victim=LatestArrived(),
@@ -250,6 +250,13 @@ def build(
         rank=_rank(order_name, ranking) if ranks else None,
         pack=_pack(preset.pack, packing, profile),
     )
+
+
+def _order(name: str) -> OrderPolicy:
+    if name not in ORDERS:
+        msg = f"order {name!r} is unknown; known are: {', '.join((*ORDERS, *RANKS))}"
+        raise ValueError(msg)
+    return ORDERS[name]()
 
 
 def _rank(name: str, values: Mapping[str, Any]) -> RankPolicy:

@@ -109,9 +109,10 @@ class Slack:
         fits = shared <= np.minimum.accumulate(pace[order])
         number = int(np.flatnonzero(fits)[-1]) + 1 if fits.any() else 0
         self._pace = float(shared[number - 1]) if number else full
-        kept = np.zeros(len(promised), dtype=bool)
+        kept: Mask = np.zeros(len(promised), dtype=bool)
         kept[order[:number]] = True
-        return kept & ~lost
+        kept &= ~lost
+        return kept
 
     def _due(self, decoding: Decoding, promised: Floats, kept: Mask) -> Floats:
         """When each next token is due."""

@@ -1,0 +1,16 @@
+"""KV of a simulated request on its way between instances."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SimKV(NamedTuple):
+    """KV that is a number only; what it weighs is the link's business.
+
+    Attributes:
+        tokens: how many have KV.
+    """
+
+    tokens: int
+    bytes: int = 0
