@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,9 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from penstock.core.dispatcher import Batch, Dispatcher
 from penstock.core.forecast.latency.bilinear import Bilinear
 from penstock.core.forecast.slices import SliceCost
+from penstock.core.policies.back_pressure import BackPressure
 from penstock.core.policies.dispatch import Interval
 from penstock.core.policies.fleets import FLEETS, PLACES, build_fleet
-from penstock.core.types import FinishReason, Request
+from penstock.core.types import FinishReason, Request, Role
 
 FORM = (1e-6, 1e-3, 1e-6, 1e-2)
 
@@ -46,15 +49,26 @@ class Machine(RuleBasedStateMachine):
         self.done: set[str] = set()
         self.at: dict[str, tuple[int, Request]] = {}
         self.known: dict[str, int] = {}
-        self.up: set[int] = set()
+        self.up: dict[int, Role] = {}
+        self.in_hand: set[str] = set()
         self.started = False
 
     @precondition(lambda self: not self.started)
-    @rule(preset=st.sampled_from([*FLEETS, "past-future"]), place=st.sampled_from([*PLACES, None]))
-    def start(self, preset: str, place: str | None) -> None:
+    @rule(
+        preset=st.sampled_from([*FLEETS, "past-future"]),
+        place=st.sampled_from([*PLACES, None]),
+        roles=st.booleans(),
+        factor=st.sampled_from([None, 0.2, 1.0]),
+    )
+    def start(self, preset: str, place: str | None, *, roles: bool, factor: float | None) -> None:
+        self.roles = roles and preset not in FLEETS
         if preset == "past-future" and place == "max-min":
             place = None
         self.dispatcher = make(preset, place)
+        if self.roles and factor is not None:
+            held = BackPressure(np.random.default_rng(1), factor)
+            policy = replace(self.dispatcher.policy, back_pressure=held)
+            self.dispatcher = Dispatcher(policy, cost)
         self.started = True
 
     @precondition(lambda self: self.started)
@@ -68,13 +82,14 @@ class Machine(RuleBasedStateMachine):
         self.known[new.id] = 0
 
     @precondition(lambda self: self.started)
-    @rule(number=st.integers(0, 3))
-    def join_or_lose(self, number: int) -> None:
+    @rule(number=st.integers(0, 3), role=st.sampled_from(Role))
+    def join_or_lose(self, number: int, role: Role) -> None:
         if number not in self.up:
-            self.dispatcher.join(number, 400)
-            self.up.add(number)
+            role = role if self.roles else Role.MIXED
+            self.dispatcher.join(number, 400, role)
+            self.up[number] = role
             return
-        self.up.remove(number)
+        del self.up[number]
         lost = {
             self.dispatcher.whole(name): (name, at)
             for name, (at, _) in self.at.items()
@@ -95,10 +110,21 @@ class Machine(RuleBasedStateMachine):
         self.now = max(self.now, due)
         pooled = self.dispatcher.pooled
         batches = self.dispatcher.dispatch(self.now)
-        assert sum(len(batch.requests) for batch in batches) == pooled
-        assert self.dispatcher.pooled == 0
+        assert sum(len(batch.requests) for batch in batches) + self.dispatcher.pooled == pooled
+        roles = set(self.up.values())
+        if not self.roles:
+            assert self.dispatcher.pooled == 0
+        if roles & {Role.DECODE, Role.MIXED}:
+            # Back-pressure holds prompts only.
+            sent = {self.dispatcher.whole(part.id) for b in batches for part in b.requests}
+            assert self.in_hand <= sent
         for batch in batches:
             self.take(batch)
+        if self.dispatcher.pooled:
+            assert self.dispatcher.due == math.inf, "nobody polls for those that cannot be sent"
+            ahead = len(self.at)
+            missing = not roles & {Role.PREFILL, Role.MIXED}
+            assert ahead or missing or self.in_hand, "with nothing on its way, one may begin"
 
     def take(self, batch: Batch) -> None:
         assert batch.instance in self.up
@@ -108,6 +134,18 @@ class Machine(RuleBasedStateMachine):
             original = self.open[whole]
             assert part.generated == self.known[whole]
             assert part.generated < part.cap <= original.cap
+            role = self.up[batch.instance]
+            had = part.prompt_tokens + part.generated - 1
+            assert part.computed == (had if whole in self.in_hand else 0)
+            assert role is not (Role.PREFILL if part.computed else Role.DECODE)
+            if role is Role.PREFILL:
+                assert part.cap == part.generated + 1
+            assert self.dispatcher.hands_over(part.id) == (
+                role is Role.PREFILL and part.cap < original.cap
+            )
+            if part.computed:
+                assert part.first_token is not None
+            self.in_hand.discard(whole)
             assert part.id not in self.at
             self.at[part.id] = (batch.instance, part)
 
@@ -122,7 +160,11 @@ class Machine(RuleBasedStateMachine):
         got = part.cap
         if reason is FinishReason.STOP:
             got = data.draw(st.integers(part.generated + 1, part.cap))
-        ended = self.dispatcher.ended(name, got, reason, self.now)
+        kv = self.dispatcher.hands_over(name) and reason is FinishReason.LENGTH
+        kv = kv and data.draw(st.booleans())
+        ended = self.dispatcher.ended(name, got, reason, self.now, kv=kv)
+        if kv:
+            self.in_hand.add(whole)
         self.known[whole] = got
         if reason is FinishReason.STOP or got == self.open[whole].cap:
             assert ended == whole
@@ -149,6 +191,7 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.open)))
         where = self.dispatcher.withdraw(name)
         del self.open[name]
+        self.in_hand.discard(name)
         if where is not None:
             number, slice_id = where
             assert self.at.pop(slice_id)[0] == number
@@ -165,6 +208,13 @@ class Machine(RuleBasedStateMachine):
         self.dispatcher.progress(name, more)
         self.known[whole] = more
 
+    @precondition(lambda self: self.started and self.in_hand)
+    @rule(data=st.data())
+    def lose_kv(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.in_hand)))
+        self.dispatcher.kv_lost(name)
+        self.in_hand.remove(name)
+
     @invariant()
     def keeps_its_books(self) -> None:
         if self.started:
@@ -174,6 +224,57 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def disaggregated(factor: float | None = None) -> Dispatcher:
+    dispatcher = make("past-future")
+    if factor is not None:
+        held = BackPressure(np.random.default_rng(1), factor)
+        dispatcher = Dispatcher(replace(dispatcher.policy, back_pressure=held))
+    dispatcher.join(0, 1000, Role.PREFILL)
+    dispatcher.join(1, 100, Role.DECODE)
+    return dispatcher
+
+
+def test_a_request_goes_from_prefill_to_decode_and_back_if_its_kv_is_lost() -> None:
+    dispatcher = disaggregated()
+    dispatcher.add(request("r", prompt=10, cap=20), 0.0)
+    (first,) = dispatcher.dispatch(0.0)
+    assert (first.instance, first.requests[0].cap) == (0, 1)
+    dispatcher.ended("r", 1, FinishReason.LENGTH, 2.0, kv=True)
+    (second,) = dispatcher.dispatch(2.0)
+    (part,) = second.requests
+    assert (second.instance, part.computed, part.generated, part.cap) == (1, 10, 1, 20)
+    assert part.first_token == 2.0
+    dispatcher.progress(part.id, 7)
+    assert dispatcher.lose(1, 3.0) == ("r",)
+    (third,) = dispatcher.dispatch(3.0)
+    (again,) = third.requests
+    assert (third.instance, again.computed, again.generated, again.cap) == (0, 0, 7, 8)
+    dispatcher.ended(again.id, 8, FinishReason.LENGTH, 4.0, kv=True)
+    assert dispatcher.dispatch(4.0) == []
+    dispatcher.join(2, 100, Role.DECODE)
+    (fourth,) = dispatcher.dispatch(5.0)
+    assert (fourth.instance, fourth.requests[0].computed) == (2, 17)
+    assert fourth.requests[0].first_token == 2.0
+
+
+def test_prompts_wait_until_decode_instances_will_have_room() -> None:
+    dispatcher = disaggregated(factor=1.0)
+    for index in range(4):
+        # Nothing has ended, so each is forecast at its cap: 30 tokens.
+        dispatcher.add(request(f"r{index}", prompt=10, cap=20), 0.0)
+    sent = [part.id for batch in dispatcher.dispatch(0.0) for part in batch.requests]
+    assert sent == ["r0", "r1", "r2"]
+    assert dispatcher.due == math.inf
+    dispatcher.ended("r0", 1, FinishReason.STOP, 1.0)
+    assert dispatcher.due <= 1.0
+    assert [part.id for batch in dispatcher.dispatch(1.0) for part in batch.requests] == ["r3"]
+
+
+def test_a_factor_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="backpressure is 0"):
+        BackPressure(np.random.default_rng(0), 0.0)
 
 
 def test_max_min_gives_the_next_batch_to_the_least_loaded() -> None:

@@ -5,6 +5,10 @@ guarantees, whatever the policy answers: every request that was taken in is in t
 instance until it ends; what an instance held when it was lost is back in the pool with the tokens
 that are known; and no slice reaches beyond its request's cap.
 
+Where instances have roles, a request first goes to a prefill instance, for one token; whoever runs
+the instances then has its KV in hand, and it goes on at a decode instance.  Whenever that KV is
+lost, it begins again at a prefill instance, with the tokens that it has.
+
 Like the scheduler of one instance it is told the time, does no I/O, and is the same object in the
 simulator, in front of live instances, and in front of other servers.
 """
@@ -13,13 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from penstock.core.forecast.slices import SliceCost
+from penstock.core.members import Instance, Member, Sent
 from penstock.core.policies.dispatch import DispatchPolicy, InstanceView
-from penstock.core.policies.move.by_gain import Stay
-from penstock.core.types import FinishReason, Request, RequestId
+from penstock.core.types import FinishReason, Request, RequestId, Role
 
 SliceId = RequestId
 """Name of one stay of a request at an instance: no two stays of a request have the same."""
@@ -39,58 +43,6 @@ class Batch(NamedTuple):
     instance: int
     requests: tuple[Request, ...]
     seconds: float
-
-
-@dataclass(slots=True, eq=False)
-class _Sent:
-    """A batch at an instance, and how many of it have not come back."""
-
-    instance: int
-    seconds: float
-    left: int
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    """A request, from its arrival to its end."""
-
-    request: Request
-    generated: int
-    stays: int = 0
-    slice_id: SliceId | None = None
-    sent: _Sent | None = None
-    placed_with: int = 0
-    target: int | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Instance:
-    number: int
-    kv_tokens: int
-    load: float = 0.0
-    members: dict[RequestId, _Member] = field(default_factory=dict)
-
-    def stays(self) -> list[Stay]:
-        return [
-            Stay(
-                member.slice_id or "",
-                member.request.prompt_tokens,
-                member.generated,
-                member.request.cap,
-                member.generated - member.placed_with,
-            )
-            for member in self.members.values()
-            if member.target is None
-        ]
-
-    def rows(self) -> list[tuple[int, int, int]]:
-        return [
-            (member.request.prompt_tokens, member.generated, member.request.cap)
-            for member in self.members.values()
-        ]
-
-    def view(self) -> InstanceView:
-        return InstanceView(self.number, len(self.members), self.load, self.kv_tokens, self.rows)
 
 
 CostOf = Callable[[int], SliceCost]
@@ -114,19 +66,21 @@ class Dispatcher:
             raise ValueError(msg)
         self.policy = policy
         self._cost = cost
-        self._instances: dict[int, _Instance] = {}
-        self._members: dict[RequestId, _Member] = {}
-        self._slices: dict[SliceId, _Member] = {}
-        self._pool: dict[RequestId, _Member] = {}
+        self._instances: dict[int, Instance] = {}
+        self._members: dict[RequestId, Member] = {}
+        self._slices: dict[SliceId, Member] = {}
+        self._pool: dict[RequestId, Member] = {}
         self._pooled_at = math.inf
         self._next = -math.inf
         self._next_move = -math.inf
         self._batches = 0
+        # Nobody in the pool can be sent before something ends or an instance comes.
+        self._held = False
 
     @property
     def due(self) -> float:
         """When to call :meth:`dispatch`; infinity if there is nobody to send, or nowhere."""
-        if not self._pool or not self._instances:
+        if not self._pool or self._held or not self._instances:
             return math.inf
         return max(self._next, self._pooled_at)
 
@@ -152,7 +106,7 @@ class Dispatcher:
         """The instances there are, by number."""
         return tuple(self._instances[number].view() for number in sorted(self._instances))
 
-    def join(self, number: int, kv_tokens: int) -> None:
+    def join(self, number: int, kv_tokens: int, role: Role = Role.MIXED) -> None:
         """An instance is there.
 
         Raises:
@@ -161,7 +115,8 @@ class Dispatcher:
         if number in self._instances:
             msg = f"instance {number} is there already"
             raise ValueError(msg)
-        self._instances[number] = _Instance(number, kv_tokens)
+        self._instances[number] = Instance(number, kv_tokens, role)
+        self._held = False
 
     def lose(self, number: int, now: float) -> tuple[RequestId, ...]:
         """An instance is gone: all it held goes back to the pool, before those who wait."""
@@ -185,7 +140,7 @@ class Dispatcher:
         if request.id in self._members:
             msg = f"request id {request.id!r} is in use"
             raise ValueError(msg)
-        member = _Member(request, request.generated)
+        member = Member(request, request.generated)
         self._members[request.id] = member
         self._back_to_pool(member, now)
 
@@ -200,10 +155,33 @@ class Dispatcher:
         if member is not None:
             member.generated = generated
 
+    def hands_over(self, slice_id: SliceId) -> bool:
+        """Whether the KV of this slice is to be kept when it ends, for a decode instance."""
+        member = self._slices[slice_id]
+        assert member.sent is not None
+        instance = self._instances[member.sent.instance]
+        return instance.role is Role.PREFILL and member.generated + 1 < member.request.cap
+
+    def kv_lost(self, request_id: RequestId) -> None:
+        """The KV that was in hand for a pooled request is gone."""
+        member = self._pool.get(request_id)
+        if member is not None:
+            member.kv = 0
+            self._held = False
+
     def ended(
-        self, slice_id: SliceId, generated: int, reason: FinishReason, now: float
+        self,
+        slice_id: SliceId,
+        generated: int,
+        reason: FinishReason,
+        now: float,
+        *,
+        kv: bool = False,
     ) -> RequestId | None:
         """A slice came to its end at its instance.
+
+        Args:
+            kv: whether its KV is in hand.
 
         Returns:
             the request if it has ended with it; None if it goes on, from the pool.
@@ -214,6 +192,10 @@ class Dispatcher:
         member = self._slices[slice_id]
         self._detach(member)
         member.generated = generated
+        member.kv = member.request.prompt_tokens + generated - 1 if kv else 0
+        if generated and member.first_token is None:
+            member.first_token = now
+        self._held = False
         moved = reason is FinishReason.CANCELLED and member.target is not None
         if moved or (reason is FinishReason.LENGTH and generated < member.request.cap):
             self._back_to_pool(member, now)
@@ -221,6 +203,8 @@ class Dispatcher:
         del self._members[member.request.id]
         if reason in {FinishReason.STOP, FinishReason.LENGTH}:
             self.policy.place.observe(generated)
+            if self.policy.back_pressure is not None:
+                self.policy.back_pressure.observe(generated)
             if self.policy.move is not None:
                 self.policy.move.history.observe(generated)
         return member.request.id
@@ -231,6 +215,7 @@ class Dispatcher:
         if member is None:
             return None
         self._pool.pop(request_id, None)
+        self._held = False
         if member.sent is None or member.slice_id is None:
             return None
         where = (member.sent.instance, member.slice_id)
@@ -257,19 +242,19 @@ class Dispatcher:
         """Empty the pool: make batches and send each to an instance."""
         if not self._pool or not self._instances:
             return []
-        members = list(self._pool.values())
-        self._pool = {}
-        self._pooled_at = math.inf
-        cost = self._price() if self._cost else None
-        lengths = [member.request.prompt_tokens + member.generated for member in members]
-        groups = []
-        for indices in self.policy.batch.batches(lengths, cost):
-            longest = max(lengths[index] for index in indices)
-            seconds = 0.0 if cost is None else cost.seconds(len(indices), longest)
-            groups.append((seconds, [members[index] for index in indices]))
-        if self.policy.place.needs_cost:
-            groups.sort(key=lambda group: -group[0])
-        batches = [self._send(group, seconds) for seconds, group in groups]
+        waiting, self._pool = list(self._pool.values()), {}
+        batches: list[Batch] = []
+        # Those with KV in hand first: they hold memory on their way.
+        with_kv = [member for member in waiting if member.kv]
+        without = [member for member in waiting if not member.kv]
+        for stage, there in ((Role.DECODE, with_kv), (Role.PREFILL, without)):
+            views = [view for view in self.instances if view.role in {stage, Role.MIXED}]
+            if there and views:
+                going = there[: self._may_begin(there)] if stage is Role.PREFILL else there
+                batches.extend(self._dispatch(going, views))
+        self._pool = {each.request.id: each for each in waiting if each.sent is None}
+        self._held = bool(self._pool)
+        self._pooled_at = now if self._pool else math.inf
         loads = [instance.load for instance in self._instances.values()]
         self._next = now + self.policy.interval.seconds(loads)
         return batches
@@ -291,14 +276,41 @@ class Dispatcher:
         assert self._cost is not None
         return self._cost(min(instance.kv_tokens for instance in self._instances.values()))
 
-    def _send(self, members: list[_Member], seconds: float) -> Batch:
-        views = self.instances
+    def _may_begin(self, waiting: list[Member]) -> int:
+        """How many of these the decode instances will have room for."""
+        policy = self.policy.back_pressure
+        decode = [each for each in self._instances.values() if each.role is Role.DECODE]
+        if policy is None or not decode:
+            return len(waiting)
+        pooled = {id(member) for member in waiting}
+        ahead = [member.row for member in self._members.values() if id(member) not in pooled]
+        room = sum(instance.kv_tokens for instance in decode)
+        return policy.admitted([member.row for member in waiting], ahead, room)
+
+    def _dispatch(self, members: list[Member], views: list[InstanceView]) -> list[Batch]:
+        """Make batches of these and send each to one of these instances."""
+        if not members:
+            return []
+        cost = self._price() if self._cost else None
+        lengths = [member.request.prompt_tokens + member.generated for member in members]
+        groups = []
+        for indices in self.policy.batch.batches(lengths, cost):
+            longest = max(lengths[index] for index in indices)
+            seconds = 0.0 if cost is None else cost.seconds(len(indices), longest)
+            groups.append((seconds, [members[index] for index in indices]))
+        if self.policy.place.needs_cost:
+            groups.sort(key=lambda group: -group[0])
+        numbers = [view.number for view in views]
+        return [self._send(group, seconds, numbers) for seconds, group in groups]
+
+    def _send(self, members: list[Member], seconds: float, numbers: list[int]) -> Batch:
         tokens = sum(member.request.prompt_tokens + member.generated for member in members)
         target = members[0].target
         if target is None or target not in self._instances:
+            views = [self._instances[number].view() for number in numbers]
             target = views[self.policy.place.choose(views, tokens)].number
         instance = self._instances[target]
-        sent = _Sent(instance.number, seconds, len(members))
+        sent = Sent(instance.number, seconds, len(members))
         instance.load += seconds
         self._batches += 1
         requests = tuple([self._slice(member, sent, self._batches) for member in members])
@@ -306,23 +318,29 @@ class Dispatcher:
             instance.members[member.request.id] = member
         return Batch(self._batches, instance.number, requests, seconds)
 
-    def _slice(self, member: _Member, sent: _Sent, batch: int) -> Request:
+    def _slice(self, member: Member, sent: Sent, batch: int) -> Request:
         request = member.request
         name = f"{request.id}~{member.stays}" if member.stays else request.id
         member.stays += 1
         member.slice_id, member.sent = name, sent
         member.placed_with, member.target = member.generated, None
         self._slices[name] = member
-        end = member.generated + (self.policy.slice_tokens or request.cap)
+        tokens = self.policy.slice_tokens or request.cap
+        computed, member.kv = member.kv, 0
+        if self._instances[sent.instance].role is Role.PREFILL:
+            tokens = 1
+        end = member.generated + tokens
         return replace(
             request,
             id=name,
             generated=member.generated,
             cap=min(request.cap, end),
             batch=batch if self.policy.batch.together else 0,
+            computed=computed,
+            first_token=member.first_token,
         )
 
-    def _detach(self, member: _Member) -> None:
+    def _detach(self, member: Member) -> None:
         """It is at no instance any more; its batch is completed with its last one."""
         sent, name = member.sent, member.slice_id
         assert sent is not None
@@ -337,7 +355,8 @@ class Dispatcher:
             # Sums of floats that go back to nothing would leave crumbs.
             instance.load = max(0.0, instance.load - sent.seconds) if instance.members else 0.0
 
-    def _back_to_pool(self, member: _Member, now: float) -> None:
+    def _back_to_pool(self, member: Member, now: float) -> None:
+        self._held = False
         if not self._pool:
             self._pooled_at = now
         self._pool[member.request.id] = member

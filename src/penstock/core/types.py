@@ -34,6 +34,14 @@ class FinishReason(StrEnum):
     FAILED = "failed"  # the engine lost it
 
 
+class Role(StrEnum):
+    """What an instance is for, where there are several."""
+
+    MIXED = "mixed"  # prompts and decoding
+    PREFILL = "prefill"  # prompts, up to the first token
+    DECODE = "decode"  # all that follows, with the KV that a prefill instance computed
+
+
 class OnMiss(StrEnum):
     """What to do with a request whose SLO can no longer be met."""
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from penstock.core.forecast.slices import SliceCost
+from penstock.core.policies.back_pressure import BackPressure
 from penstock.core.policies.move.by_gain import ByGain
+from penstock.core.types import Role
 
 
 class InstanceView(NamedTuple):
@@ -20,6 +22,7 @@ class InstanceView(NamedTuple):
             estimates.
         kv_tokens: its KV memory.
         rows: makes a list of (prompt, generated, cap) in tokens of those requests.
+        role: what it is for.
     """
 
     number: int
@@ -27,6 +30,7 @@ class InstanceView(NamedTuple):
     load: float
     kv_tokens: int
     rows: Callable[[], list[tuple[int, int, int]]]
+    role: Role = Role.MIXED
 
 
 class BatchPolicy(Protocol):
@@ -115,6 +119,7 @@ class DispatchPolicy:
             0: as many as it may have.
         safety: share of an instance's KV memory that the estimates fill.
         move: whether and when requests change their instance; None: never.
+        back_pressure: whether prompts wait for decode instances; None: never.
     """
 
     batch: BatchPolicy
@@ -123,6 +128,7 @@ class DispatchPolicy:
     slice_tokens: int = 0
     safety: float = 0.9
     move: ByGain | None = None
+    back_pressure: BackPressure | None = None
 
     def __post_init__(self) -> None:
         if self.slice_tokens < 0:
@@ -145,4 +151,4 @@ class DispatchPolicy:
     @property
     def needs_progress(self) -> bool:
         """Whether the dispatcher must know how far requests are when it is asked."""
-        return self.place.needs_progress or self.move is not None
+        return self.place.needs_progress or self.move is not None or self.back_pressure is not None

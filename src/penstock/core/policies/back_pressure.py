@@ -1,0 +1,79 @@
+"""Prompts are not computed ahead of what decode instances can take.
+
+Problem: where prefill and decode have instances of their own, prompts that are computed too early
+pile up before the decode instances: their readers have a first token and no second one.
+Source: our own, from Past-Future's forecast (arXiv 2507.10150, sections 3.2 and 3.3); Mooncake
+rejects by the predicted load of its decode side.
+Rule: a request may begin its prefill if the peak KV memory of all that are at decode instances, or
+on their way there, drawn once from the lengths that ended lately, is at most ``factor`` times what
+these instances have, with the newcomer added.  When nothing is on its way one may always begin.
+Limits: the instances' memories are added up, so one of them may overflow; one scenario per look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from penstock.core.forecast.lengths import LengthHistory
+from penstock.core.forecast.occupancy import Occupancy
+
+
+@dataclass(slots=True)
+class BackPressure:
+    """Holds prompts back by the forecast of the decode instances' memory.
+
+    Attributes:
+        rng: of the draws.
+        factor: of the memory that the forecast may fill, above 0.
+        window: past output lengths kept.
+    """
+
+    rng: np.random.Generator
+    factor: float = 1.0
+    window: int = 1000
+    history: LengthHistory = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < float("inf"):
+            msg = f"backpressure is {self.factor}; it must be above 0"
+            raise ValueError(msg)
+        self.history = LengthHistory(self.window)
+
+    def admitted(
+        self,
+        waiting: Sequence[tuple[int, int, int]],
+        ahead: Sequence[tuple[int, int, int]],
+        kv_tokens: int,
+    ) -> int:
+        """How many of those who wait, from the first on, may begin.
+
+        Args:
+            waiting, ahead: (prompt, generated, cap) in tokens; ``ahead`` are at decode instances
+                or on their way.
+            kv_tokens: of all decode instances.
+        """
+        rows = np.array([*ahead, *waiting], dtype=np.int64).reshape(-1, 3)
+        prompt, generated, cap = rows.T
+        lengths = self.history.draw_running(self.rng.random(len(rows)), generated, cap)
+        tokens = prompt + np.maximum(generated, 1)
+        steps = np.maximum(lengths - np.maximum(generated, 1), 0)
+        count, limit = len(ahead), self.factor * kv_tokens
+        future = Occupancy(tokens[:count], steps[np.newaxis, :count], 1)
+        number = 0
+        for own, until in zip(tokens[count:].tolist(), steps[count:].tolist(), strict=True):
+            worst = future.with_candidate(own, [until])[0] if count else own + until
+            if worst > limit and (count or number):
+                break
+            if not count:
+                count, future = 1, Occupancy(np.array([own]), np.array([[until]]), 1)
+            else:
+                future.add(own, [until], worst)
+            number += 1
+        return number
+
+    def observe(self, length: int) -> None:
+        """Learn the length of a request that came to its own end."""
+        self.history.observe(length)
