@@ -215,6 +215,13 @@ class Machine(RuleBasedStateMachine):
         self.dispatcher.kv_lost(name)
         self.in_hand.remove(name)
 
+    @precondition(lambda self: self.started and self.at)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.at)))
+        self.dispatcher.refused(name, self.now)
+        del self.at[name]
+
     @invariant()
     def keeps_its_books(self) -> None:
         if self.started:

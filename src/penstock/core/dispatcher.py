@@ -169,6 +169,12 @@ class Dispatcher:
             member.kv = 0
             self._held = False
 
+    def refused(self, slice_id: SliceId, now: float) -> None:
+        """An instance could not begin a slice: the KV that it was to bring is lost."""
+        member = self._slices[slice_id]
+        self._detach(member)
+        self._back_to_pool(member, now)
+
     def ended(
         self,
         slice_id: SliceId,
