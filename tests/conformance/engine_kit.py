@@ -60,10 +60,8 @@ class Desk:
         generated: Sequence[int] = (),
         *,
         kv: KV | None = None,
-        keep_kv: bool = False,
     ) -> None:
-        greedy = SamplingParams(temperature=0.0)
-        self.works[name] = Work(prompt, greedy, length, generated, kv, keep_kv)
+        self.works[name] = Work(prompt, SamplingParams(temperature=0.0), length, generated, kv)
         self.texts[name] = list(generated)
         self.engine.open(name, self.works[name])
 
@@ -285,19 +283,19 @@ def goes_on_with_what_came_elsewhere(engine: Engine) -> None:
     assert set(result.stopped) == {"last"}
 
 
-def _kept(desk: Desk) -> KV:
-    """KV of a request that was dropped with 4 tokens of its output."""
-    desk.open("from", PROMPT, 9, keep_kv=True)
+def _kv(desk: Desk) -> KV:
+    """KV of a request with 4 tokens of output, which has left."""
+    desk.open("from", PROMPT, 9)
+    assert desk.engine.take_kv("from") is None, "it has not started"
     desk.enter("from")
     for _ in range(3):
         desk.step(decode=("from",))
-    assert desk.engine.take_kv("from") is None, "it still has its KV"
-    desk.leave("from")
     kv = desk.engine.take_kv("from")
     assert kv is not None
     assert kv.tokens == 14  # its latest token has none
     assert kv.bytes >= 0
-    assert desk.engine.take_kv("from") is None, "handed out once"
+    desk.leave("from")
+    assert desk.engine.take_kv("from") is None, "it has left"
     return kv
 
 
@@ -309,7 +307,7 @@ def hands_its_kv_over(engine: Engine) -> None:
     desk.leave("whole")
     keys, whole = prefix_keys(PROMPT, BLOCK), desk.texts["whole"]
     for name, cached in (("to", ()), ("shares", keys), ("evicted", keys[:1])):
-        desk.open(name, PROMPT, 9, whole[:4], kv=_kept(desk))
+        desk.open(name, PROMPT, 9, whole[:4], kv=_kv(desk))
         desk.step(
             starts=[Start(name, 15, tuple(cached), 14)], chunks=[Chunk(name, 14, 1, samples=True)]
         )
@@ -320,23 +318,15 @@ def hands_its_kv_over(engine: Engine) -> None:
         desk.finish(name)
         assert desk.texts[name] == whole, name
         desk.leave(name)
-        assert engine.take_kv(name) is None, "nobody asked to keep it"
 
 
 def refuses_kv_of_more_than_a_request_has(engine: Engine) -> None:
     desk = Desk(engine)
-    kv = _kept(desk)
+    kv = _kv(desk)
     with pytest.raises(RequestError) as caught:
         desk.open("to", PROMPT, 9, desk.texts["from"][:3], kv=kv)
     assert caught.value.field == "kv"
     desk.open("to", PROMPT, 9)  # the id is free
-
-
-def keeps_nothing_of_who_never_started(engine: Engine) -> None:
-    desk = Desk(engine)
-    desk.open("a", PROMPT, 9, keep_kv=True)
-    engine.discard("a")
-    assert engine.take_kv("a") is None
 
 
 def shares_published_blocks(engine: Engine) -> None:
@@ -428,7 +418,6 @@ CHECKS: tuple[Callable[[Engine], None], ...] = (
     goes_on_with_what_came_elsewhere,
     hands_its_kv_over,
     refuses_kv_of_more_than_a_request_has,
-    keeps_nothing_of_who_never_started,
     shares_published_blocks,
     shares_blocks_that_a_stopped_request_leaves,
     uses_all_memory_again_and_again,

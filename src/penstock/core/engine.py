@@ -43,8 +43,7 @@ class Work(NamedTuple):
             random stream goes on behind them.
         kv: KV of its first tokens, as :meth:`Engine.take_kv` gave it on the instance that it was
             on before; needed if a plan starts it with ``imported`` tokens.
-        keep_kv: whether its KV is to be kept, outside of KV memory, when its final drop is
-            applied, for :meth:`Engine.take_kv`.
+        keep_kv: whether the runtime is to call :meth:`Engine.take_kv` when its cap ends it.
         trace_length: benchmarks only: end it with STOP at exactly this many
             output tokens, whatever the model says.  No policy but the oracle
             ever sees it.
@@ -97,9 +96,10 @@ class Engine(Protocol):
         ...
 
     def take_kv(self, request_id: RequestId) -> KV | None:
-        """Hand out, once, what was kept of a request when its final drop was applied.
+        """Copy the KV of a request out of KV memory, to go on with it on another instance.
 
-        None if nothing was: it was not asked to, or the request had no KV.
+        No plan in flight names the request.  None if it has no KV: it has not started, or its
+        final drop has been applied.
         """
         ...
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from penstock.core.engine import KV, Engine, Ticket, Work
 from penstock.core.scheduler import Scheduler
 from penstock.core.stats import Stats
-from penstock.core.types import Drop, Ended, FinishReason, Request, RequestId, Token
+from penstock.core.types import Ended, FinishReason, Request, RequestId, Token
 
 _NOBODY: Mapping[RequestId, KV | None] = MappingProxyType({})
 
@@ -22,8 +22,8 @@ class StepOutput(NamedTuple):
     ended are left out.  A request's last token is in ``tokens`` of the same
     output whose ``ended`` names it.  ``seconds`` is what the engine measured for the
     step, ``planning`` what the scheduler took for the plans made meanwhile, ``steps`` how
-    often the engine ran the plan.  ``kept`` is the KV of requests that ended, where their work
-    said to keep it, None where there was none; it may come one output after the end.
+    often the engine ran the plan.  ``kept`` is the KV of those in ``ended`` whose cap
+    ended them and whose work said to keep it.
     """
 
     tokens: Mapping[RequestId, Token]
@@ -48,7 +48,6 @@ class Runtime:
         self._flight: deque[Ticket] = deque()
         self._planning = 0.0
         self._keeping: set[RequestId] = set()
-        self._kept: dict[RequestId, KV | None] = {}
 
     def add(self, request: Request, work: Work) -> None:
         """Take a request in.
@@ -92,9 +91,6 @@ class Runtime:
             if plan is None:
                 break
             self._flight.append(self.engine.submit(plan))
-            if self._keeping:
-                for drop in plan.drops:
-                    self._take_kept(drop)
         return bool(self._flight)
 
     def finish(self) -> StepOutput | None:
@@ -102,36 +98,34 @@ class Runtime:
         planning, self._planning = self._planning, 0.0
         if not self._flight:
             ended = self._take_ended()
-            if not ended and not self._kept:
-                return None
-            return StepOutput({}, ended, 0.0, planning, 0, self._hand_over())
+            return StepOutput({}, ended, 0.0, planning, 0, self._keep(ended)) if ended else None
         result = self.engine.collect(self._flight.popleft())
         stale = self.scheduler.confirm(result)
         tokens = result.tokens
         if stale:
             tokens = {key: value for key, value in tokens.items() if key not in stale}
         ended = self._take_ended()
-        kept = self._hand_over() if self._kept else _NOBODY
+        kept = self._keep(ended)
         return StepOutput(tokens, ended, result.seconds, planning, result.steps, kept)
 
     def stats(self) -> Stats:
         """The scheduler's state in numbers."""
         return self.scheduler.stats(self._clock())
 
-    def _take_kept(self, drop: Drop) -> None:
-        if drop.final and drop.id in self._keeping:
-            self._keeping.remove(drop.id)
-            self._kept[drop.id] = self.engine.take_kv(drop.id)
-
-    def _hand_over(self) -> Mapping[RequestId, KV | None]:
-        kept, self._kept = self._kept, {}
+    def _keep(self, ended: tuple[Ended, ...]) -> Mapping[RequestId, KV | None]:
+        """Copy the KV of those that go on elsewhere, before a plan drops them."""
+        if not self._keeping:
+            return _NOBODY
+        kept: dict[RequestId, KV | None] = {}
+        for end in ended:
+            if end.id in self._keeping:
+                self._keeping.remove(end.id)
+                if end.reason is FinishReason.LENGTH:
+                    kept[end.id] = self.engine.take_kv(end.id)
         return kept
 
     def _take_ended(self) -> tuple[Ended, ...]:
         ended = self.scheduler.take_ended()
         for request_id in self.scheduler.take_forgotten():
             self.engine.discard(request_id)
-            if request_id in self._keeping:
-                self._keeping.remove(request_id)
-                self._kept[request_id] = None
         return ended

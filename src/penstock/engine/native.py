@@ -70,7 +70,6 @@ class NativeEngine:
         # because their step failed; and the requests that were to begin with one of them.
         self._lost: set[PrefixKey] = set()
         self._broken: dict[RequestId, str] = {}
-        self._kept: dict[RequestId, HostKV] = {}
 
     @classmethod
     def load(  # noqa: PLR0913 - each is a setting of its own
@@ -179,8 +178,12 @@ class NativeEngine:
             self._sampler.close(request_id)
 
     def take_kv(self, request_id: RequestId) -> HostKV | None:
-        """What was kept of a request when its final drop was applied, in host memory."""
-        return self._kept.pop(request_id, None)
+        """A copy of a request's KV in host memory; None if it has none, or a step lost it."""
+        if request_id not in self._rows or request_id in self._broken:
+            return None
+        row = self._rows.row(request_id)
+        blocks, computed = self._rows.blocks(row), int(self._rows.computed[row])
+        return handoff.export(self._runner.layers, blocks, computed)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Run a step; it is done when this returns.
@@ -223,7 +226,6 @@ class NativeEngine:
         """Give the KV memory back.  Idempotent."""
         self._runner.close()
         self._opened.clear()
-        self._kept.clear()
         self._result = None
 
     def check(self) -> None:
@@ -254,9 +256,6 @@ class NativeEngine:
             row = self._rows.row(drop.id)
             for index, key in drop.publish:
                 self._rows.publish(row, index, key)
-            if drop.final and self._opened[drop.id].work.keep_kv and drop.id not in self._broken:
-                blocks, computed = self._rows.blocks(row), int(self._rows.computed[row])
-                self._kept[drop.id] = handoff.export(self._runner.layers, blocks, computed)
             tokens = self._rows.drop(drop.id)
             self._broken.pop(drop.id, None)
             if drop.final:

@@ -87,8 +87,6 @@ class SimEngine:
         self._latency = latency
         self._clock = clock
         self._tracks: dict[RequestId, Track] = {}
-        self._keeps: set[RequestId] = set()
-        self._kept: dict[RequestId, SimKV] = {}
         self._decoding: dict[RequestId, Track] = {}
         self._joining: list[Track] = []
         self._decode: tuple[RequestId, ...] = ()
@@ -104,8 +102,6 @@ class SimEngine:
         if work.trace_length is None:
             msg = f"request {request_id}: trace_length is None; the simulator needs a length"
             raise ValueError(msg)
-        if work.keep_kv:
-            self._keeps.add(request_id)
         self._tracks[request_id] = Track(
             request_id, len(work.prompt), work.trace_length, len(work.generated)
         )
@@ -117,11 +113,14 @@ class SimEngine:
     def discard(self, request_id: RequestId) -> None:
         """Forget a request."""
         del self._tracks[request_id]
-        self._keeps.discard(request_id)
 
     def take_kv(self, request_id: RequestId) -> SimKV | None:
-        """What was kept at the final drop: its size."""
-        return self._kept.pop(request_id, None)
+        """Its size: all tokens but the latest have KV."""
+        track = self._tracks.get(request_id)
+        if track is None or not track.generated:
+            return None
+        self.settle(track)
+        return SimKV(track.prompt + track.generated - 1)
 
     def settle(self, track: Track) -> None:
         """Bring a track up to date: it had a token in each tick up to now."""
@@ -266,10 +265,6 @@ class SimEngine:
             self._joining.remove(track)
         if drop.final:
             del self._tracks[drop.id]
-            if drop.id in self._keeps:
-                self._keeps.remove(drop.id)
-                # Its latest token has none.
-                self._kept[drop.id] = SimKV(track.prompt + track.generated - 1)
 
     def _decode_only(self, decode: tuple[RequestId, ...]) -> None:
         """Make the set of decoding requests what the plan says."""

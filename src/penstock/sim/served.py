@@ -110,7 +110,6 @@ class ServedEngine:
         assert drawn is not None
         self._lengths: NDArray[np.int64] = drawn
         self._sequences: dict[RequestId, _Sequence] = {}
-        self._kept: dict[RequestId, SimKV] = {}
         self._started: set[RequestId] = set()
         self._due = float("-inf")
         self._result: StepResult | None = None
@@ -143,17 +142,17 @@ class ServedEngine:
         del self._sequences[request_id]
 
     def take_kv(self, request_id: RequestId) -> SimKV | None:
-        """What was kept at the final drop: its size."""
-        return self._kept.pop(request_id, None)
+        """Its size: all tokens but the latest have KV."""
+        if request_id not in self._started:
+            return None
+        sequence = self._sequences[request_id]
+        return SimKV(len(sequence.work.prompt) + sequence.generated - 1)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Begin a step."""
         for drop in plan.drops:
             self._started.discard(drop.id)
             if drop.final:
-                left = self._sequences[drop.id]
-                if left.work.keep_kv:
-                    self._kept[drop.id] = SimKV(len(left.work.prompt) + left.generated - 1)
                 self.discard(drop.id)
         follows = bool(self._started)
         self._started.update(start.id for start in plan.starts)

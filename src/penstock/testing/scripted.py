@@ -94,7 +94,6 @@ class ScriptedEngine:
         self._free = deque(range(capabilities.kv_blocks))
         self._cached: dict[PrefixKey, int] = {}
         self._flight: deque[StepResult] = deque()
-        self._kept: dict[RequestId, ScriptedKV] = {}
         self._next_plan = 1
         self.peak_blocks = 0
 
@@ -132,8 +131,11 @@ class ScriptedEngine:
         )
 
     def take_kv(self, request_id: RequestId) -> ScriptedKV | None:
-        """What was kept at the final drop."""
-        return self._kept.pop(request_id, None)
+        """What the blocks of a started request hold."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not sequence.computed:
+            return None
+        return ScriptedKV(tuple(self._read(sequence)))
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Carry a plan out, checking every line of it."""
@@ -278,8 +280,6 @@ class ScriptedEngine:
         _require(sequence.started, f"{request_id} is dropped but holds nothing")
         for index, key in publish:
             self._publish(sequence, index, key)
-        if final and sequence.work.keep_kv and sequence.computed:
-            self._kept[request_id] = ScriptedKV(tuple(self._read(sequence)))
         for block in sequence.table:
             self._release(block)
         sequence.table.clear()
