@@ -12,9 +12,10 @@ from penstock.bench.fitted import fitted
 from penstock.core.dispatcher import Dispatcher
 from penstock.core.policies import presets
 from penstock.core.policies.fleets import FLEETS, build_fleet
-from penstock.core.types import Capabilities
+from penstock.core.types import Capabilities, Role
 from penstock.sim import profiles
-from penstock.sim.cluster import ClusterRun, run_cluster
+from penstock.sim.cluster import run_cluster
+from penstock.sim.cluster_run import ClusterRun
 from penstock.sim.run import Job
 from penstock.sim.slicing import Priced, cost_of, price
 from penstock.sim.sources import OpenLoop
@@ -95,7 +96,7 @@ def simulate(cell: Cell) -> ClusterRun:
         OpenLoop(jobs(cell)),
         # A rectangle of prompts is one step; continuous batching has vLLM's budget.
         Capabilities(KV_TOKENS, 1, MOST, 10**6 if fleet.preset == "sls" else 2048, KV_TOKENS + 1),
-        cell.instances,
+        [Role.MIXED] * cell.instances,
         lambda number: presets.build(fleet.preset, seed=1000 * cell.seed + number, **options),
         profiles.load(PROFILE),
         Dispatcher(dispatch, cost),

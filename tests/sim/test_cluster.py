@@ -11,9 +11,10 @@ import pytest
 from penstock.core.dispatcher import Dispatcher
 from penstock.core.policies import presets
 from penstock.core.policies.fleets import FLEETS, PLACES, build_fleet
-from penstock.core.types import Capabilities, FinishReason
+from penstock.core.types import Capabilities, FinishReason, Role
 from penstock.sim import profiles
-from penstock.sim.cluster import ClusterRun, run_cluster
+from penstock.sim.cluster import run_cluster
+from penstock.sim.cluster_run import ClusterRun
 from penstock.sim.run import Job, Record, run
 from penstock.sim.slicing import cost_of, price
 from penstock.sim.sources import ClosedLoop, OpenLoop
@@ -54,7 +55,7 @@ def cluster(
     return run_cluster(
         ClosedLoop(work, clients) if clients else OpenLoop(work),
         MACHINE,
-        instances,
+        [Role.MIXED] * instances,
         lambda number: presets.build(fleet.preset, seed=number, **options),
         LATENCY,
         Dispatcher(fleet.dispatch, cost if preset in FLEETS else None),
@@ -103,7 +104,7 @@ def test_a_cluster_of_one_is_the_instance_by_itself(preset: str, clients: int) -
     done = run_cluster(
         ClosedLoop(work, clients) if clients else OpenLoop(work),
         MACHINE,
-        1,
+        [Role.MIXED],
         lambda number: presets.build(preset, seed=number),
         LATENCY,
         Dispatcher(fleet.dispatch),

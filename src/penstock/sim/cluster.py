@@ -9,10 +9,9 @@ sent something meanwhile.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from statistics import mean, pstdev
 
 from penstock.core.dispatcher import Batch, Dispatcher
 from penstock.core.engine import Work
@@ -20,98 +19,16 @@ from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies.base import Policy
 from penstock.core.runtime import Runtime
 from penstock.core.scheduler import Scheduler
-from penstock.core.types import Capabilities, Ended, Request, RequestId
+from penstock.core.types import Capabilities, Ended, Request, RequestId, Role
 from penstock.sim.clock import VirtualClock
+from penstock.sim.cluster_run import ClusterRun, InstanceRun
 from penstock.sim.engine import SimEngine
-from penstock.sim.run import Job, Record, Run, Source, no_collections
-from penstock.sim.ticks import TickTimes
+from penstock.sim.kv import SimKV
+from penstock.sim.link import Link, Transfers
+from penstock.sim.run import Job, Record, Source, no_collections
 from penstock.sim.track import Track
 
-
-@dataclass(slots=True)
-class InstanceRun:
-    """What came of one instance.
-
-    Attributes:
-        completed_at: when it last had something to do, in seconds.
-        busy: seconds in which it computed.
-        ticks: when its decode steps ended.
-        steps: with work in them.
-        memory: mean share of its KV memory in use over decode steps.
-        evictions: in all.
-        cached_tokens: tokens with which requests began because they were in the prefix cache.
-        batches: requests of each static batch; empty if it pads nothing.
-        pad_tokens, invalid_tokens: see :class:`penstock.sim.padding.Rectangle`.
-    """
-
-    completed_at: float
-    busy: float
-    ticks: TickTimes
-    steps: int
-    memory: float
-    evictions: int
-    cached_tokens: int
-    batches: list[int]
-    pad_tokens: int
-    invalid_tokens: int
-
-    @property
-    def decode_steps(self) -> int:
-        """Steps in which someone decoded."""
-        return self.ticks.count
-
-
-@dataclass(slots=True)
-class ClusterRun:
-    """What came of several instances.
-
-    Attributes:
-        records: by request, in the order in which they ended.
-        slices: stays at an instance of each of these requests.
-        batches: sent to instances.
-        early: those of them that ended before their slice did, all requests done.
-        moves: requests that left an instance for another.
-        instances: by number.
-        seconds: simulated time.
-    """
-
-    records: list[Record]
-    slices: list[int]
-    batches: int
-    early: int
-    moves: int
-    instances: list[InstanceRun]
-    seconds: float
-
-    def runs(self) -> list[Run]:
-        """A run per instance; all records are the first one's."""
-        return [
-            Run(
-                [] if number else self.records, each.ticks, self.seconds, each.steps, each.memory,
-                each.evictions, each.cached_tokens,
-            )
-            for number, each in enumerate(self.instances)
-        ]  # fmt: skip
-
-    def summary(self) -> dict[str, object]:
-        """What only several instances, slices or static batches have."""
-        count = max(1, len(self.records))
-        sizes = [size for each in self.instances for size in each.batches]
-        padded = {
-            "batch_size": mean(sizes or [0]),
-            "pad_tokens": sum(each.pad_tokens for each in self.instances) / count,
-            "invalid_tokens": sum(each.invalid_tokens for each in self.instances) / count,
-        }
-        return {
-            "instances": len(self.instances),
-            "slices": sum(self.slices) / count,
-            "batches": self.batches,
-            "moves": self.moves,
-            "early_return_ratio": self.early / self.batches if self.batches else None,
-            "completion_std_s": pstdev(each.completed_at for each in self.instances),
-            "busy_std_s": pstdev(each.busy for each in self.instances),
-            **(padded if sizes else {}),
-        }
+_INSTANT = Link(1, math.inf)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +37,7 @@ class _Instance:
     engine: SimEngine
     runtime: Runtime
     clock: VirtualClock
+    role: Role
     ends_at: float = math.inf
     busy: float = 0.0
     steps: int = 0
@@ -144,24 +62,27 @@ class _BatchState:
 def run_cluster(
     source: Source,
     capabilities: Capabilities,
-    instances: int,
+    roles: Sequence[Role],
     make_policy: Callable[[int], Policy],
     latency: LatencyModel,
     dispatcher: Dispatcher,
     *,
     padded: bool = False,
+    link: Link | None = None,
 ) -> ClusterRun:
     """Simulate until the source has no more jobs and all have ended.
 
     Args:
         capabilities: of each instance.
+        roles: of each instance.
         make_policy: makes the policy of an instance.
         dispatcher: without instances.
         padded: instances run static batches as rectangles.
+        link: between prefill and decode instances; None: KV takes no time.
     """
     with no_collections():
         return _Cluster(
-            source, capabilities, instances, make_policy, latency, dispatcher, padded=padded
+            source, capabilities, roles, make_policy, latency, dispatcher, padded=padded, link=link
         ).run()
 
 
@@ -170,23 +91,28 @@ class _Cluster:
         self,
         source: Source,
         capabilities: Capabilities,
-        instances: int,
+        roles: Sequence[Role],
         make_policy: Callable[[int], Policy],
         latency: LatencyModel,
         dispatcher: Dispatcher,
         *,
         padded: bool,
+        link: Link | None,
     ) -> None:
         self._source = source
         self._dispatcher = dispatcher
         self._instances: list[_Instance] = []
-        for number in range(instances):
+        for number, role in enumerate(roles):
             clock = VirtualClock()
             engine = SimEngine(capabilities, latency, clock, padded=padded)
             scheduler = Scheduler(engine.capabilities, make_policy(number))
             runtime = Runtime(scheduler, engine, clock)
-            self._instances.append(_Instance(number, engine, runtime, clock))
-            dispatcher.join(number, capabilities.kv_tokens)
+            self._instances.append(_Instance(number, engine, runtime, clock, role))
+            dispatcher.join(number, capabilities.kv_tokens, role)
+        disaggregated = any(role is not Role.MIXED for role in roles)
+        self._transfers = Transfers(link or _INSTANT) if disaggregated else None
+        # (when its KV is there, serial, instance, request)
+        self._on_the_way: list[tuple[float, int, int, Request]] = []
         self._stories: dict[RequestId, _Story] = {}
         self._batch_of: dict[RequestId, _BatchState] = {}
         self._ends: list[tuple[float, int]] = []
@@ -194,7 +120,7 @@ class _Cluster:
         self._idle: dict[int, None] = {}
         self._records: list[Record] = []
         self._slices: list[int] = []
-        self._batches = self._early = self._moves = 0
+        self._batches = self._early = self._moves = self._serial = 0
 
     def run(self) -> ClusterRun:
         now = 0.0
@@ -207,11 +133,13 @@ class _Cluster:
                     self._tell_progress(now)
                 self._move(now)
                 self._send(self._dispatcher.dispatch(now), now)
+            self._arrive(now)
             for number in self._idle:
                 self._begin(self._instances[number], now)
             self._idle.clear()
             arrival = self._source.next_arrival()
-            times = (self._next_end(), self._dispatcher.due, self._dispatcher.move_due)
+            there = self._on_the_way[0][0] if self._on_the_way else math.inf
+            times = (self._next_end(), self._dispatcher.due, self._dispatcher.move_due, there)
             upcoming = min(times) if arrival is None else min(*times, arrival)
             if upcoming == math.inf:
                 break
@@ -219,8 +147,9 @@ class _Cluster:
             self._finish_steps(now)
         done = [self._summary(instance) for instance in self._instances]
         return ClusterRun(
-            self._records, self._slices, self._batches, self._early, self._moves, done, now
-        )
+            self._records, self._slices, self._batches, self._early, self._moves, done, now,
+            self._transfers,
+        )  # fmt: skip
 
     def _next_end(self) -> float:
         ends = self._ends
@@ -238,7 +167,8 @@ class _Cluster:
             if output is not None:
                 instance.steps += output.steps if output.seconds else 0
                 for ended in output.ended:
-                    self._slice_ended(instance, ended, now)
+                    kv = output.kept.get(ended.id) is not None
+                    self._slice_ended(instance, ended, now, kv=kv)
             self._idle[instance.number] = None
 
     def _begin(self, instance: _Instance, now: float) -> None:
@@ -253,8 +183,21 @@ class _Cluster:
             state = _BatchState(len(batch.requests))
             instance = self._instances[batch.instance]
             for request in batch.requests:
-                self._open(instance, request)
                 self._batch_of[request.id] = state
+                if request.computed and self._transfers:
+                    at = self._transfers.begin(batch.instance, request.computed, now)
+                    self._serial += 1
+                    heappush(self._on_the_way, (at, self._serial, batch.instance, request))
+                else:
+                    self._open(instance, request)
+            self._interrupt(instance, now)
+
+    def _arrive(self, now: float) -> None:
+        """Requests whose KV has come are there."""
+        while self._on_the_way and self._on_the_way[0][0] <= now:
+            _, _, number, request = heappop(self._on_the_way)
+            instance = self._instances[number]
+            self._open(instance, request)
             self._interrupt(instance, now)
 
     def _move(self, now: float) -> None:
@@ -286,20 +229,26 @@ class _Cluster:
         assert whole is not None
         story = self._stories[whole]
         job = story.job
-        work = Work(range(job.prompt), trace_length=job.output, generated=range(request.generated))
+        work = Work(
+            range(job.prompt),
+            trace_length=job.output,
+            generated=range(request.generated),
+            kv=SimKV(request.computed) if request.computed else None,
+            keep_kv=self._dispatcher.hands_over(request.id),
+        )
         instance.runtime.add(request, work)
         track = instance.engine.track(request.id)
         instance.stays[request.id] = track
         story.tracks.append(track)
 
-    def _slice_ended(self, instance: _Instance, ended: Ended, now: float) -> None:
+    def _slice_ended(self, instance: _Instance, ended: Ended, now: float, *, kv: bool) -> None:
         track = instance.stays.pop(ended.id)
         instance.engine.settle(track)
         whole = self._dispatcher.whole(ended.id)
         assert whole is not None
         story = self._stories[whole]
         story.evictions += ended.evictions
-        done = self._dispatcher.ended(ended.id, ended.output_tokens, ended.reason, now)
+        done = self._dispatcher.ended(ended.id, ended.output_tokens, ended.reason, now, kv=kv)
         self._count(ended, goes_on=done is None)
         if done is None:
             return
@@ -333,6 +282,7 @@ class _Cluster:
             batches=box.batches if box else [],
             pad_tokens=box.pad_tokens if box else 0,
             invalid_tokens=box.invalid_tokens if box else 0,
+            role=instance.role,
         )
 
 

@@ -91,6 +91,13 @@ class MachineOptions:
         place: How requests are placed on them: round-robin, least-outstanding, power-of-two,
             forecast-aware, or max-min for presets with slices; by default in turn, or as the
             preset does it.
+        prefill: Instances for prompts only, with --decode ones for all that follows.
+        decode: Instances that go on from the KV that the --prefill ones computed.
+        kv_bytes_per_token: What the KV of a token weighs on its way between them.
+        link_bandwidth: Of the link into a decode instance, in GB/s.
+        link_latency: Of a transfer, in seconds.
+        back_pressure: Prompts wait while the forecast KV of all that they lead to is above so
+            many times the decode instances' memory; by default they never do.
         padded: Static batches are rectangles: prompts padded to the longest, and every row
             computed until the last one ends.
         steps_only: No step times: a decode step is the unit and admission costs none. All
@@ -111,6 +118,12 @@ class MachineOptions:
     profile: str | None = None
     instances: int = 1
     place: str | None = None
+    prefill: int = 0
+    decode: int = 0
+    kv_bytes_per_token: int = 131_072
+    link_bandwidth: float = 50.0
+    link_latency: float = 0.001
+    back_pressure: float | None = None
     padded: bool = False
     steps_only: bool = False
 
@@ -199,6 +212,12 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
             instances=given.instances,
             place=given.place,
             padded=given.padded,
+            prefill=given.prefill,
+            decode=given.decode,
+            kv_bytes_per_token=given.kv_bytes_per_token,
+            link_bandwidth=given.link_bandwidth * 1e9,
+            link_latency=given.link_latency,
+            back_pressure=given.back_pressure,
             seed=asked.seed,
         )
         for name in names

@@ -4,24 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from penstock.core.dispatcher import Dispatcher
 from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies import presets
+from penstock.core.policies.back_pressure import BackPressure
 from penstock.core.policies.dispatch import DispatchPolicy
 from penstock.core.policies.fleets import FLEETS, build_fleet
-from penstock.core.types import Capabilities
-from penstock.sim.cluster import ClusterRun, run_cluster
+from penstock.core.types import Capabilities, Role
+from penstock.sim.cluster import run_cluster
+from penstock.sim.cluster_run import ClusterRun
+from penstock.sim.link import Link
 from penstock.sim.run import Source
 from penstock.sim.slicing import cost_of, price
+
+
+class Disaggregated(NamedTuple):
+    """Instances with roles.
+
+    Attributes:
+        prefill, decode: how many for prompts, and for all that follows.
+        link: into a decode instance; None: KV takes no time.
+        back_pressure: see :class:`~penstock.core.policies.back_pressure.BackPressure`'s factor;
+            None: prompts never wait.
+    """
+
+    prefill: int
+    decode: int
+    link: Link | None = None
+    back_pressure: float | None = None
+
+    @property
+    def roles(self) -> list[Role]:
+        """Of each instance."""
+        return [Role.PREFILL] * self.prefill + [Role.DECODE] * self.decode
 
 
 def simulate_fleet(
     preset: str,
     source: Source,
     capabilities: Capabilities,
-    instances: int,
+    instances: int | Disaggregated,
     latency: LatencyModel,
     *,
     place: str | None = None,
@@ -34,6 +60,7 @@ def simulate_fleet(
 
     Args:
         capabilities: of each instance.
+        instances: how many, or how many for what.
         place: instead of the preset's; None for an instance preset: in turn.
         cap: what policies are told of output lengths.
         padded: instances run static batches as rectangles, the prompts of one in one step.
@@ -46,7 +73,12 @@ def simulate_fleet(
     if fleet.dispatch.priced_tokens > cap:
         msg = f"slice_tokens is {fleet.dispatch.priced_tokens}; it must be at most the cap of {cap}"
         raise ValueError(msg)
-    dispatcher = _dispatcher(fleet.dispatch, latency, capabilities.max_batch)
+    dispatch = fleet.dispatch
+    apart = None if isinstance(instances, int) else instances
+    if apart is not None and apart.back_pressure is not None:
+        held = BackPressure(np.random.default_rng(seed), apart.back_pressure)
+        dispatch = replace(dispatch, back_pressure=held)
+    dispatcher = _dispatcher(dispatch, latency, capabilities.max_batch)
     if padded:
         room = capabilities.max_batch * capabilities.max_request_tokens
         capabilities = replace(capabilities, max_step_tokens=room)
@@ -55,11 +87,14 @@ def simulate_fleet(
     return run_cluster(
         source,
         capabilities,
-        instances,
-        lambda number: presets.build(fleet.preset, seed=(seed << 16) + number, **options),
+        [Role.MIXED] * instances if isinstance(instances, int) else instances.roles,
+        lambda number: presets.build(
+            fleet.preset, seed=(seed << 16) + number, profile=latency, **options
+        ),
         latency,
         dispatcher,
         padded=padded,
+        link=apart.link if apart else None,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.bench.goodput import BOUNDS
 from penstock.bench.result import seconds, share
 from penstock.bench.workload import Workload
-from penstock.sim.cluster import ClusterRun
+from penstock.sim.cluster_run import ClusterRun
 from penstock.sim.observe import Observation, observed
 from penstock.sim.outcome import attempt_of
 from penstock.sim.result import RunResult, result_of

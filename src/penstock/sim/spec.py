@@ -26,9 +26,10 @@ from penstock.core.policies.base import Policy
 from penstock.core.policies.fleets import FLEETS
 from penstock.core.types import Capabilities, OnMiss
 from penstock.sim import profiles
-from penstock.sim.cluster import ClusterRun
+from penstock.sim.cluster_run import ClusterRun
 from penstock.sim.fit import misfit
-from penstock.sim.fleet import simulate_fleet
+from penstock.sim.fleet import Disaggregated, simulate_fleet
+from penstock.sim.link import Link
 from penstock.sim.prefixes import check_prefixes, prefixes_of
 from penstock.sim.result import RunResult, result_of
 from penstock.sim.run import Job, Run, Source, Watch, run
@@ -70,6 +71,12 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             preset with slices says otherwise.
         place: how requests are placed on instances; None: in turn, or as the preset does it.
         padded: instances run static batches as rectangles; for presets with static batches.
+        prefill, decode: instances for prompts, and for all that follows, instead of ``instances``.
+        kv_bytes_per_token: what the KV of a token weighs on its way between them.
+        link_bandwidth: of the link into a decode instance, in bytes per second.
+        link_latency: of a transfer, in seconds.
+        back_pressure: prompts wait while the forecast KV of all that they lead to is above so many
+            times the decode instances' memory; None: never.
         seed: of lengths, arrivals, classes and the policy's draws.
     """
 
@@ -100,6 +107,12 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     instances: int = 1
     place: str | None = None
     padded: bool = False
+    prefill: int = 0
+    decode: int = 0
+    kv_bytes_per_token: int = 131_072
+    link_bandwidth: float = 50e9
+    link_latency: float = 1e-3
+    back_pressure: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -126,6 +139,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if self.pooled and self.steps_only:
             msg = f"preset {self.preset} with place {self.place} needs a profile, not steps_only"
             raise SpecError(msg)
+        self._check_roles()
         static = self.preset == "sls" or (
             self.preset in FLEETS and FLEETS[self.preset].instance == "sls"
         )
@@ -133,10 +147,34 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             msg = "padded is for static batches: scls presets, and sls with a place; this is "
             raise SpecError(msg + self.policy_name)
 
+    def _check_roles(self) -> None:
+        if self.prefill < 0 or self.decode < 0 or (self.prefill > 0) != (self.decode > 0):
+            msg = f"prefill is {self.prefill} and decode is {self.decode}; each needs the other"
+            raise SpecError(msg)
+        if self.back_pressure is not None and not self.prefill:
+            msg = f"back_pressure is {self.back_pressure}; it needs prefill and decode instances"
+            raise SpecError(msg)
+        if not self.prefill:
+            return
+        if self.instances > 1:
+            msg = f"instances is {self.instances}; it goes without prefill and decode"
+            raise SpecError(msg)
+        if self.preset in FLEETS:
+            msg = f"preset {self.preset} has slices; it runs on instances without roles"
+            raise SpecError(msg)
+
     @property
     def pooled(self) -> bool:
         """Whether a dispatcher stands before the instances."""
-        return self.place is not None or self.preset in FLEETS
+        return self.place is not None or self.preset in FLEETS or self.prefill > 0
+
+    @property
+    def machines(self) -> int | Disaggregated:
+        """How many instances, or how many for what."""
+        if not self.prefill:
+            return self.instances
+        link = Link(self.kv_bytes_per_token, self.link_bandwidth, self.link_latency)
+        return Disaggregated(self.prefill, self.decode, link, self.back_pressure)
 
     @property
     def load(self) -> float:
@@ -188,7 +226,7 @@ def cluster_of(spec: RunSpec, workload: Workload) -> ClusterRun:
         spec.preset,
         _source(spec, jobs),
         capabilities_of(spec),
-        spec.instances,
+        spec.machines,
         latency_model(spec),
         place=spec.place,
         seed=spec.seed,

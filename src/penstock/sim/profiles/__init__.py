@@ -16,11 +16,13 @@ import msgspec
 
 from penstock.core.forecast.latency.affine import Affine
 from penstock.core.forecast.latency.base import LatencyModel
+from penstock.core.forecast.latency.longest import LongestBound
 from penstock.core.forecast.latency.roofline import Roofline
 from penstock.core.forecast.latency.tiles import Tiles
 
-KINDS: dict[str, type[Affine | Roofline | Tiles]] = {
+KINDS: dict[str, type[Affine | LongestBound | Roofline | Tiles]] = {
     "affine": Affine,
+    "longest-bound": LongestBound,
     "roofline": Roofline,
     "tiles": Tiles,
 }
