@@ -31,7 +31,7 @@ def write(folder: Path, about: dict[str, Any], cells: Cells) -> None:
     """Write ``results.md`` and ``kairos.png``."""
     how = (
         f"`{about['command']}`, commit {about['commit']}, {about['took_s']:.0f} s, means of "
-        f"{about['seeds']} seeds (one for the ratios of instances)."
+        f"{about['seeds']} seeds for the sweeps, one for the rest."
     )
     parts = [
         "# Kairos's study, simulated",
