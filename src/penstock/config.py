@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from penstock.core.types import SLO, OnMiss
+from penstock.core.types import SLO, OnMiss, Role
 
 ENV_PREFIX = "PENSTOCK_"
 BOUNDS = ("ttft", "tpot", "gap", "e2e")
@@ -114,6 +114,16 @@ class ClusterConfig(_Section):
     instances: int = Field(
         1, ge=1, description="Engines behind this server; 2 or more need 'penstock[ray]'."
     )
+    prefill: int = Field(
+        0, ge=0, description="Engines for prompts only, instead of --instances; needs --decode."
+    )
+    decode: int = Field(
+        0, ge=0, description="Engines that go on from the KV that the --prefill ones computed."
+    )
+    kv_transport: Literal["object-store", "inline"] = Field(
+        "object-store",
+        description="What carries KV from one to another: Ray's object store, or the messages.",
+    )
     place: str | None = Field(
         None,
         description="Which instance takes a request, instead of the preset's answer: round-robin,"
@@ -128,6 +138,28 @@ class ClusterConfig(_Section):
     gpus_per_instance: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="GPUs that Ray keeps for each."
     )
+
+    @property
+    def count(self) -> int:
+        """Engines in all."""
+        return self.prefill + self.decode or self.instances
+
+    @property
+    def roles(self) -> list[Role]:
+        """Of each engine; empty if all do everything."""
+        return [Role.PREFILL] * self.prefill + [Role.DECODE] * self.decode
+
+    @property
+    def flags(self) -> str:
+        """The flags that say how many."""
+        return "--prefill, --decode" if self.prefill else "--instances"
+
+    @property
+    def asked(self) -> str:
+        """These flags with what was asked for."""
+        if self.prefill:
+            return f"--prefill {self.prefill} --decode {self.decode}"
+        return f"--instances {self.instances}"
 
 
 class HttpConfig(_Section):

@@ -7,21 +7,25 @@ from collections import deque
 from collections.abc import Sequence
 
 from penstock.cluster.front import Front
+from penstock.cluster.parcels import Desk, Inline, Parcel
 from penstock.core.engine import Work
 from penstock.core.policies import presets
 from penstock.core.policies.fleets import Fleet, build_fleet
 from penstock.core.runtime import Runtime
 from penstock.core.sampling import SamplingParams
 from penstock.core.scheduler import Scheduler
-from penstock.core.types import Capabilities, FinishReason, Request
+from penstock.core.types import Capabilities, FinishReason, Request, Role
 from penstock.server.engine_loop import EngineLoop, StepPrices
+from penstock.server.factories import kv_codec
 from penstock.server.messages import (
     Add,
+    Brought,
     Command,
     End,
     Event,
     Explained,
     Gauges,
+    Missed,
     Ready,
     Refused,
     Step,
@@ -59,7 +63,13 @@ class HandInstance:
         scheduler = Scheduler(CAPABILITIES, presets.build(preset, **parameters))
         recorded = RecordingEngine(self.engine, self.prices.observe)
         self.runtime = Runtime(scheduler, recorded, time.monotonic)
-        self.loop = EngineLoop(self.runtime, self.pipe, self.prices)
+        self.desk = Desk(kv_codec("scripted"), Inline())
+        self.loop = EngineLoop(self.runtime, self.pipe, self.prices, self.desk)
+
+    def deliver(self, name: str, parcel: Parcel) -> None:
+        """What the actor does with KV that comes with a request."""
+        for _ in self.desk.deliver(name, parcel).__await__():
+            raise AssertionError
 
 
 class Client:
@@ -73,6 +83,7 @@ class Client:
         self.ready: Ready | None = None
         self.gauges: Gauges | None = None
         self.lost: list[tuple[int, int]] = []
+        self.hand_offs: list[int] = []
         self.instances: dict[int, tuple[Gauges, float]] = {}
 
     def on_ready(self, ready: Ready) -> None:
@@ -100,6 +111,10 @@ class Client:
     def on_instance(self, number: int, gauges: Gauges, load: float) -> None:
         self.instances[number] = (gauges, load)
 
+    def on_hand_off(self, size: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.hand_offs.append(size)
+
     def on_instance_lost(self, number: int, *, left: int) -> None:
         self.lost.append((number, left))
 
@@ -108,21 +123,34 @@ class Hall:
     """A front, and instances that come, work and die as the test says."""
 
     def __init__(
-        self, preset: str = "past-future", place: str | None = None, **given: float
+        self,
+        preset: str = "past-future",
+        place: str | None = None,
+        roles: Sequence[Role] = (),
+        **given: float,
     ) -> None:
         self.fleet: Fleet = build_fleet(preset, place=place, parameters=given)
         self.client = Client()
-        self.front = Front(self.fleet.dispatch, self.client, self.client)
+        self.front = Front(self.fleet.dispatch, self.client, self.client, roles)
         self.front.attach(self)
         self.live: dict[int, HandInstance] = {}
+        self.loses_kv = 0
         self.sent: list[tuple[int, Command]] = []
 
     async def run(self) -> None:
         raise AssertionError
 
-    def send(self, number: int, command: Command) -> None:
+    def send(self, number: int, command: Command, parcel: Parcel = None) -> None:
         self.sent.append((number, command))
-        self.live[number].pipe.commands.append(command)
+        instance = self.live[number]
+        if isinstance(command, Add) and parcel is not None:
+            if self.loses_kv:
+                self.loses_kv -= 1
+                instance.pipe.events.append(Missed(command.id, "its sender died"))
+                return
+            instance.deliver(command.id, parcel)
+            instance.pipe.events.append(Brought(command.id, len(parcel)))
+        instance.pipe.commands.append(command)
 
     def start(self, number: int) -> HandInstance:
         instance = HandInstance(self.fleet.preset, **self.fleet.parameters)
@@ -139,6 +167,9 @@ class Hall:
         """One step of an instance, and its news to the front."""
         instance = self.live[number]
         worked = instance.loop.turn()
+        packed = instance.desk.collect()
+        if packed:
+            self.front.instance_left(number, packed)
         while instance.pipe.events:
             self.front.instance_said(number, instance.pipe.events.popleft())
         return worked

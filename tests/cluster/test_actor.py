@@ -8,12 +8,14 @@ import time
 from typing import Any
 
 import msgspec
+import pytest
 
 from penstock.cluster.actor import MOST_EVENTS, CallPipe, Instance
+from penstock.cluster.parcels import Desk, Packed, Parcel
 from penstock.core.engine import Work
 from penstock.core.types import FinishReason, Request
-from penstock.server.factories import EngineSpec
-from penstock.server.messages import Add, Event, Explained, Ready, Step
+from penstock.server.factories import EngineSpec, kv_codec
+from penstock.server.messages import Add, Brought, Cancel, Event, Explained, Missed, Ready, Step
 
 decode = msgspec.msgpack.Decoder(Event).decode
 
@@ -37,15 +39,16 @@ async def test_it_loads_serves_and_closes() -> None:
     instance = Instance(spec(prices=True))
     _, words = await instance.load()
     assert words == ""
-    first = decode((await instance.poll())[0])
+    (raw, *_), _ = await instance.poll()
+    first = decode(raw)
     assert isinstance(first, Ready)
     arrival = time.monotonic() - 5000.0  # a clock that has nothing to do with this one
     request = Request("a", 3, 20, arrival)
     add = Add.pack(request, Work([1, 2, 3], trace_length=6))
-    await instance.submit([msgspec.msgpack.encode(add)], sent_at=arrival + 1.0)
+    await instance.submit([msgspec.msgpack.encode(add)], arrival + 1.0, {})
     tokens, ended = [], []
     while not ended:
-        for event in map(decode, await instance.poll()):
+        for event in map(decode, (await instance.poll())[0]):
             assert isinstance(event, Step)
             tokens += event.tokens.values()
             ended += event.ended
@@ -53,6 +56,82 @@ async def test_it_loads_serves_and_closes() -> None:
     assert [end.reason for end in ended] == [FinishReason.STOP]
     assert len(tokens) == 6
     await asyncio.wait_for(instance.close(), 5)
+
+
+async def news(instance: Instance) -> tuple[list[Event], dict[str, Packed]]:
+    raw, packed = await instance.poll()
+    return [decode(one) for one in raw], packed
+
+
+async def run_to_end(instance: Instance) -> tuple[list[int], dict[str, Packed], list[Event]]:
+    """Tokens until a request's end, the KV that it left, and what else was said."""
+    tokens: list[int] = []
+    left: dict[str, Packed] = {}
+    said: list[Event] = []
+    ended = False
+    while not ended:
+        events, packed = await asyncio.wait_for(news(instance), 10)
+        left |= packed
+        for event in events:
+            if isinstance(event, Step):
+                tokens += event.tokens.values()
+                ended = ended or bool(event.ended)
+            else:
+                said.append(event)
+            ended = ended or isinstance(event, Missed)
+    return tokens, left, said
+
+
+async def test_one_actor_goes_on_where_another_ended() -> None:
+    pytest.importorskip("ray")
+    one, other = (Instance(spec(kv_transport="inline")) for _ in range(2))
+    for instance in (one, other):
+        await instance.load()
+        await instance.poll()
+    now = time.monotonic()
+    work = Work([1, 2, 3], trace_length=6)
+    first = Add.pack(Request("a", 3, 1, now), work._replace(keep_kv=True))
+    whole = Add.pack(Request("b", 3, 20, now), work)
+    await one.submit([msgspec.msgpack.encode(first)], now, {})
+    begun, left, _ = await run_to_end(one)
+    assert set(left) == {"a"}
+    assert left["a"].size > 0
+    await one.submit([msgspec.msgpack.encode(whole)], now, {})
+    expected, nothing, _ = await run_to_end(one)
+    assert nothing == {}
+    rest = Request("a~1", 3, 20, now, generated=1, computed=3, first_token=now)
+    add = msgspec.msgpack.encode(Add.pack(rest, work._replace(generated=begun)))
+    await other.submit([add], now, {"a~1": left["a"].parcel})
+    ended, _, said = await run_to_end(other)
+    assert begun + ended == expected
+    assert said == [Brought("a~1", left["a"].size)]
+    broken = msgspec.msgpack.encode(Add.pack(rest, work._replace(generated=begun)))
+    await other.submit([broken], now, {"a~1": b"not KV"})
+    _, _, said = await run_to_end(other)
+    assert isinstance(said[0], Missed)
+    for instance in (one, other):
+        await asyncio.wait_for(instance.close(), 5)
+
+
+async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
+    class Never:
+        def pack(self, data: bytes) -> Parcel:
+            return data
+
+        async def unpack(self, parcel: Parcel) -> bytes:
+            await asyncio.Event().wait()
+            raise AssertionError(parcel)
+
+    pipe = CallPipe(Desk(kv_codec("scripted"), Never()))
+    rest = Request("a", 3, 20, 0.0, generated=1, computed=3)
+    add = Add.pack(rest, Work([1, 2, 3], generated=[4]))
+    pipe.put([msgspec.msgpack.encode(add)], 0.0, {"a": b"x"})
+    await asyncio.sleep(0)
+    assert pipe.receive() is None
+    pipe.put([msgspec.msgpack.encode(Cancel("a", FinishReason.CANCELLED))])
+    await asyncio.sleep(0)
+    assert pipe.receive() is None
+    assert pipe._fetching == {}
 
 
 async def test_what_keeps_it_from_loading_is_said_in_words() -> None:
@@ -76,9 +155,9 @@ async def test_an_engine_waits_for_a_front_that_is_far_behind() -> None:
     thread.start()
     thread.join(0.3)
     assert sent == MOST_EVENTS
-    events = list(map(decode, await pipe.take()))
+    events = list(map(decode, (await pipe.take())[0]))
     while len(events) < MOST_EVENTS + 10:
-        events += map(decode, await pipe.take())
+        events += map(decode, (await pipe.take())[0])
     thread.join()
     assert [event.ticket for event in events if isinstance(event, Explained)] == list(
         range(MOST_EVENTS + 10)

@@ -16,14 +16,17 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import msgspec
 
+from penstock.cluster.parcels import Desk, Packed, Parcel, ParcelLostError
 from penstock.server.engine_loop import build_loop, spin_briefly
-from penstock.server.factories import EngineSpec
-from penstock.server.messages import Add, Command, Event, Stop
+from penstock.server.factories import EngineSpec, kv_codec
+from penstock.server.messages import Add, Brought, Cancel, Command, Event, Missed, Stop
 
+_NONE: Mapping[str, Parcel] = MappingProxyType({})
 MOST_EVENTS = 1024
 """Events that wait for the front; with as many the engine waits too."""
 
@@ -34,7 +37,9 @@ class CallPipe:
     See :class:`penstock.server.engine_loop.Pipe`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, desk: Desk | None = None) -> None:
+        self._desk = desk
+        self._fetching: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._commands: deque[Command] = deque()
@@ -67,31 +72,60 @@ class CallPipe:
 
     # -- the event loop --------------------------------------------------------------------
 
-    def put(self, raw: list[bytes], late: float = 0.0) -> None:
-        """Pass commands on.
+    def put(
+        self, raw: list[bytes], late: float = 0.0, parcels: Mapping[str, Parcel] = _NONE
+    ) -> None:
+        """Pass commands on; those that bring KV once that is there.
 
         Args:
-            late: added to the arrivals of requests, which are by another machine's clock.
+            late: added to the times of requests, which are by another machine's clock.
+            parcels: KV that some of them bring, by their ids.
         """
         commands = [self._decode(one) for one in raw]
         with self._changed:
             for command in commands:
-                if isinstance(command, Add):
-                    arrival = command.arrival + late
-                    self._commands.append(msgspec.structs.replace(command, arrival=arrival))
-                else:
-                    self._commands.append(command)
+                match command:
+                    case Add():
+                        add = _on_time(command, late)
+                        if command.id in parcels:
+                            task = self._loop.create_task(self._fetch(add, parcels[command.id]))
+                            self._fetching[command.id] = task
+                        else:
+                            self._commands.append(add)
+                    case Cancel() if command.id in self._fetching:
+                        self._fetching.pop(command.id).cancel()
+                    case _:
+                        self._commands.append(command)
             self._changed.notify()
 
-    async def take(self) -> list[bytes]:
-        """All events there are, once there are any."""
+    async def _fetch(self, add: Add, parcel: Parcel) -> None:
+        """Take a request in with the KV that it brings."""
+        assert self._desk is not None
+        event: Event
+        try:
+            size = await self._desk.deliver(add.id, parcel)
+            event = Brought(add.id, size)
+        except (ParcelLostError, ValueError) as error:
+            event = Missed(add.id, str(error))
+        self._fetching.pop(add.id, None)
+        with self._changed:
+            if isinstance(event, Brought):
+                self._commands.append(add)
+            self._events.append(self._encode(event))
+            self._changed.notify()
+        self._news.set()
+
+    async def take(self) -> tuple[list[bytes], dict[str, Packed]]:
+        """All events there are, once there are any, and the KV that some of them left."""
         await self._news.wait()
         self._news.clear()
         with self._changed:
             events = list(self._events)
             self._events.clear()
+            # Left before its event was handed over, so it is never later than that.
+            packed = self._desk.collect() if self._desk is not None else {}
             self._changed.notify()
-        return events
+        return events, packed
 
 
 class Instance:
@@ -113,29 +147,36 @@ class Instance:
             the process, and what keeps the engine from loading, in words; empty if nothing does.
         """
         loop = asyncio.get_running_loop()
-        self._pipe = CallPipe()
+        desk = None
+        if self._spec.kv_transport:
+            from penstock.cluster.object_store import transport
+
+            desk = Desk(kv_codec(self._spec.kind), transport(self._spec.kv_transport))
+        self._pipe = CallPipe(desk)
         loaded: asyncio.Future[str] = loop.create_future()
 
         def tell(words: str) -> None:
             loop.call_soon_threadsafe(loaded.set_result, words)
 
         # One thread loads and turns: how many threads OpenMP may use is said per thread.
-        target, args = _turn, (self._spec, self._pipe, tell)
+        target, args = _turn, (self._spec, self._pipe, desk, tell)
         self._thread = threading.Thread(target=target, args=args, name="engine", daemon=True)
         self._thread.start()
         return os.getpid(), await loaded
 
-    async def submit(self, commands: list[bytes], sent_at: float) -> None:
+    async def submit(
+        self, commands: list[bytes], sent_at: float, parcels: Mapping[str, Parcel]
+    ) -> None:
         """Take encoded commands, sent at this time by the front's monotonic clock.
 
         Clocks of two machines have nothing in common, so requests arrived as long before
         this call as they had before it was made.
         """
         assert self._pipe is not None
-        self._pipe.put(commands, time.monotonic() - sent_at)
+        self._pipe.put(commands, time.monotonic() - sent_at, parcels)
 
-    async def poll(self) -> list[bytes]:
-        """Encoded events since the last call, once there are any."""
+    async def poll(self) -> tuple[list[bytes], dict[str, Packed]]:
+        """Encoded events since the last call, once there are any, and KV left behind."""
         assert self._pipe is not None
         return await self._pipe.take()
 
@@ -146,10 +187,16 @@ class Instance:
             await asyncio.to_thread(self._thread.join)
 
 
-def _turn(spec: EngineSpec, pipe: CallPipe, tell: Callable[[str], None]) -> None:
+def _on_time(add: Add, late: float) -> Add:
+    """With its times by this machine's clock."""
+    first = None if add.first_token is None else add.first_token + late
+    return msgspec.structs.replace(add, arrival=add.arrival + late, first_token=first)
+
+
+def _turn(spec: EngineSpec, pipe: CallPipe, desk: Desk | None, tell: Callable[[str], None]) -> None:
     spin_briefly()
     try:
-        loop = build_loop(spec, pipe)
+        loop = build_loop(spec, pipe, desk)
     except Exception as error:  # noqa: BLE001 - whatever it is, the operator must read it
         if not isinstance(error, ValueError | OSError):  # those say what to change, in words
             traceback.print_exc()

@@ -33,6 +33,12 @@ class Books:
         self.unseen.append(tokens)
         self.sent += 1
 
+    def forget(self) -> None:
+        """A request that was on its way there was not taken in."""
+        if self.unseen:
+            self.unseen.pop()
+            self.sent -= 1
+
     def take(self, gauges: Gauges) -> int:
         """A message came; how many were evicted since the last one."""
         evicted = gauges.evictions - self.gauges.evictions

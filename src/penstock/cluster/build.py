@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import msgspec
+import numpy as np
 
-from penstock.cluster.front import Front, InstanceObserver
+from penstock.cluster.front import Front
+from penstock.cluster.parcels import Parcel
+from penstock.cluster.stories import InstanceObserver
 from penstock.config import Config
+from penstock.core.policies.back_pressure import BackPressure
 from penstock.core.policies.fleets import build_fleet
 from penstock.server.factories import EngineSpec
 from penstock.server.messages import Command, Event, Ready
@@ -26,9 +31,9 @@ class OneProcess:
         self._front = front
         self._supervisor = Supervisor(spec, self)
 
-    def send(self, number: int, command: Command) -> None:
-        """Hand a command to the process."""
-        del number
+    def send(self, number: int, command: Command, parcel: Parcel = None) -> None:
+        """Hand a command to the process; alone it has nobody to get KV from."""
+        del number, parcel
         self._supervisor.send(command)
 
     async def run(self) -> None:
@@ -75,8 +80,11 @@ def build_front(
         parameters={k: v for k, v in fleet.parameters.items() if v is not None},
         prices=fleet.dispatch.needs_cost,
     )
-    front = Front(fleet.dispatch, listener, observer)
-    if cluster.instances == 1:
+    dispatch = fleet.dispatch
+    if cluster.prefill and chosen.preset == "kairos":
+        dispatch = replace(dispatch, back_pressure=BackPressure(np.random.default_rng(chosen.seed)))
+    front = Front(dispatch, listener, observer, cluster.roles)
+    if cluster.count == 1:
         front.attach(OneProcess(spec, front))
         return front
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
@@ -88,7 +96,8 @@ def build_front(
     if spec.kind == "native":
         options.setdefault("threads", room.threads)
         options["memory_share"] = room.memory_share
-    spec = msgspec.structs.replace(spec, options=options)
+    transport = cluster.kv_transport if cluster.prefill else ""
+    spec = msgspec.structs.replace(spec, options=options, kv_transport=transport)
     cpus, gpus = room.cpus, cluster.gpus_per_instance
-    front.attach(RayFleet(spec, cluster.instances, cpus, gpus, front))
+    front.attach(RayFleet(spec, cluster.count, cpus, gpus, front))
     return front

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -18,8 +19,9 @@ import structlog
 from ray.exceptions import RayError
 
 from penstock.cluster.actor import Instance
+from penstock.cluster.parcels import Packed, Parcel
 from penstock.server.factories import EngineSpec
-from penstock.server.messages import Command, Event, Ready
+from penstock.server.messages import Add, Command, Event, Ready
 from penstock.server.supervisor import EngineStartError
 
 _FIRST_BACKOFF = 0.25
@@ -33,6 +35,10 @@ class Told(Protocol):
 
     def instance_ready(self, number: int, ready: Ready) -> None:
         """An instance takes requests."""
+        ...
+
+    def instance_left(self, number: int, packed: Mapping[str, Packed]) -> None:
+        """KV that an instance leaves for others, by slice, before the news of their ends."""
         ...
 
     def instance_said(self, number: int, event: Event) -> None:
@@ -50,6 +56,7 @@ class Incarnation:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._waiting: list[bytes] = []
+        self._parcels: dict[str, Parcel] = {}
         self._wake = asyncio.Event()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
@@ -66,9 +73,11 @@ class Incarnation:
             raise EngineStartError(words)
         return int(pid)
 
-    def send(self, command: Command) -> None:
+    def send(self, command: Command, parcel: Parcel = None) -> None:
         """Have a command sent, in order, together with those that follow at once."""
         self._waiting.append(self._encode(command))
+        if parcel is not None and isinstance(command, Add):
+            self._parcels[command.id] = parcel
         self._wake.set()
 
     async def submit(self) -> None:
@@ -81,16 +90,18 @@ class Incarnation:
             await self._wake.wait()
             self._wake.clear()
             batch, self._waiting = self._waiting, []
+            parcels, self._parcels = self._parcels, {}
             # The answer is awaited: Ray does not promise that calls begin in their order.
-            await self._actor.submit.remote(batch, time.monotonic())
+            await self._actor.submit.remote(batch, time.monotonic(), parcels)
 
-    async def events(self) -> list[Event]:
-        """The next events.
+    async def events(self) -> tuple[list[Event], Mapping[str, Packed]]:
+        """The next events, and KV left behind.
 
         Raises:
             RayError: the actor ended.
         """
-        return [self._decode(raw) for raw in await self._actor.poll.remote()]
+        events, packed = await self._actor.poll.remote()
+        return [self._decode(raw) for raw in events], packed
 
     async def close(self, *, listens: bool) -> None:
         """End the actor, by force if it does not listen (any more)."""
@@ -121,9 +132,9 @@ class RayFleet:
         self._any_started = False
         self._node = ray.get_runtime_context().get_node_id()
 
-    def send(self, number: int, command: Command) -> None:
+    def send(self, number: int, command: Command, parcel: Parcel = None) -> None:
         """Hand a command to an instance that is ready; a dead one ignores it."""
-        self._live[number].send(command)
+        self._live[number].send(command, parcel)
 
     async def run(self) -> None:
         """Keep them alive until cancelled.
@@ -200,7 +211,10 @@ class RayFleet:
 
     async def _listen(self, number: int, incarnation: Incarnation, pid: int) -> None:
         while True:
-            for event in await incarnation.events():
+            events, packed = await incarnation.events()
+            if packed:
+                self._told.instance_left(number, packed)
+            for event in events:
                 self._on_event(number, incarnation, pid, event)
 
     def _on_event(self, number: int, incarnation: Incarnation, pid: int, event: Event) -> None:

@@ -11,21 +11,21 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from penstock.cluster.books import NOTHING, Books, joint_gauges, joint_ready
+from penstock.cluster.parcels import Packed, Parcel
 from penstock.cluster.prices import slice_cost
+from penstock.cluster.stories import InstanceObserver, Instances, Story, seeded
 from penstock.core.dispatcher import Batch, Dispatcher, SliceId
 from penstock.core.forecast.slices import SliceCost
 from penstock.core.policies.dispatch import DispatchPolicy
-from penstock.core.types import FinishReason, RequestId
+from penstock.core.types import FinishReason, RequestId, Role
 from penstock.server.messages import (
     Add,
+    Brought,
     Cancel,
     Command,
     End,
@@ -33,6 +33,7 @@ from penstock.server.messages import (
     Explain,
     Explained,
     Gauges,
+    Missed,
     Ready,
     Refused,
     Step,
@@ -44,58 +45,8 @@ MOST_LOSSES = 4
 """After so many instances died under a request in a row, none of which said a token of it, it ends:
 it may be what kills them."""
 
-_GREEDY_BELOW = 1e-5
 _EARLY = 0.002
 """Timers count in milliseconds, and may be that much early."""
-
-
-class Instances(Protocol):
-    """Carries commands to instances and keeps these alive."""
-
-    def send(self, number: int, command: Command) -> None:
-        """Hand a command to an instance that has said that it is ready and is not lost."""
-        ...
-
-    async def run(self) -> None:
-        """Until cancelled.
-
-        Raises:
-            EngineStartError: an instance could not start, and none had before.
-        """
-        ...
-
-
-class InstanceObserver(Protocol):
-    """Who counts per instance: :class:`penstock.server.metrics.Metrics`."""
-
-    def on_instance(self, number: int, gauges: Gauges, load: float) -> None:
-        """An instance's books; ``load`` is the estimated seconds of what it was sent."""
-        ...
-
-    def on_instance_lost(self, number: int, *, left: int) -> None:
-        """It ended by itself; so many are left."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class _Story:
-    """A request as a whole.
-
-    Attributes:
-        add: as it came.
-        tokens: what it has said.
-        number, slice_id: the instance that it is at, and its stay there; empty in the pool.
-        had: tokens when that began.
-        losses: stays in a row that ended with the instance, without a token.
-    """
-
-    add: Add
-    tokens: list[int] = field(default_factory=list)
-    number: int = 0
-    slice_id: SliceId = ""
-    had: int = 0
-    evictions: int = 0
-    losses: int = 0
 
 
 class Front:
@@ -105,6 +56,7 @@ class Front:
         policy: who decides on batches, slices and places.
         listener: told what one engine would tell.
         observer: told of each instance.
+        roles: of the instances, by number; mixed beyond.
         clock: monotonic seconds.
     """
 
@@ -113,15 +65,19 @@ class Front:
         policy: DispatchPolicy,
         listener: Listener,
         observer: InstanceObserver,
+        roles: Sequence[Role] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._dispatcher = Dispatcher(policy, self._cost)
         self._listener = listener
         self._observer = observer
+        self._roles = roles
         self._clock = clock
+        # Left by slices whose ends are not known yet.
+        self._parcels: dict[SliceId, Packed] = {}
         self._instances: Instances | None = None
         self._books: dict[int, Books] = {}
-        self._stories: dict[RequestId, _Story] = {}
+        self._stories: dict[RequestId, Story] = {}
         self._timer: tuple[float, asyncio.TimerHandle] | None = None
         # Both count from the last time that the listener was told that all is ready.
         self._received = self._evictions = 0
@@ -155,7 +111,7 @@ class Front:
         match command:
             case Add():
                 self._received += 1
-                self._stories[command.id] = _Story(_seeded(command))
+                self._stories[command.id] = Story(seeded(command))
                 self._dispatcher.add(command.request(), self._clock())
             case Cancel():
                 self._stories.pop(command.id, None)
@@ -200,11 +156,18 @@ class Front:
             )
             raise EngineStartError(msg)
         self._books[number] = Books(ready)
-        self._dispatcher.join(number, ready.kv_tokens)
+        role = self._roles[number] if number < len(self._roles) else Role.MIXED
+        self._dispatcher.join(number, ready.kv_tokens, role)
         self._observer.on_instance(number, NOTHING, 0.0)
         self._tell_ready()
         self._tell()
         self._arm()
+
+    def instance_left(self, number: int, packed: Mapping[SliceId, Packed]) -> None:
+        """KV for other instances, before the news of the ends of these slices."""
+        if number in self._books:
+            known = self._dispatcher.whole
+            self._parcels.update({s: one for s, one in packed.items() if known(s) is not None})
 
     def instance_said(self, number: int, event: Event) -> None:
         """An instance has news; what comes from a lost one is dropped."""
@@ -223,7 +186,22 @@ class Front:
                     self._listener.on_event(Refused(whole, event.field, event.message))
             case Explained():
                 self._listener.on_event(event)
+            case Brought():
+                whole = self._dispatcher.whole(event.id)
+                if whole is not None:
+                    taken = self._clock() - self._stories[whole].left_at
+                    self._observer.on_hand_off(event.bytes, taken)
+            case Missed():
+                self._on_missed(books, event)
         self._arm()
+
+    def _on_missed(self, books: Books, event: Missed) -> None:
+        """A request could not begin without its KV: it goes on from its tokens."""
+        books.forget()
+        whole = self._dispatcher.whole(event.id)
+        if whole is not None:
+            self._stories[whole].slice_id = ""
+            self._dispatcher.refused(event.id, self._clock())
 
     def instance_lost(self, number: int) -> None:
         """An instance is gone: what it held goes on elsewhere, from the tokens known here."""
@@ -231,6 +209,7 @@ class Front:
             return
         now = self._clock()
         self._tell_progress()
+        self._parcels = {s: one for s, one in self._parcels.items() if not self._is_at(s, number)}
         ended = []
         for whole in self._dispatcher.lose(number, now):
             story = self._stories[whole]
@@ -275,9 +254,12 @@ class Front:
         story = self._stories[whole]
         story.evictions += end.evictions
         story.losses = 0
-        generated = len(story.tokens)
-        if self._dispatcher.ended(end.id, generated, end.reason, self._clock()) is None:
+        generated, packed = len(story.tokens), self._parcels.pop(end.id, None)
+        kv, now = packed is not None, self._clock()
+        if self._dispatcher.ended(end.id, generated, end.reason, now, kv=kv) is None:
             story.slice_id = ""
+            if packed is not None:
+                story.parcel, story.left_at = packed.parcel, now
             return None
         del self._stories[whole]
         return End(whole, end.reason, generated, story.evictions, end.detail)
@@ -330,12 +312,21 @@ class Front:
                 cap=request.cap,
                 generated=list(story.tokens),
                 batch=request.batch,
+                computed=request.computed,
+                first_token=request.first_token,
+                keep_kv=self._dispatcher.hands_over(request.id),
             )
-            self._send(batch.instance, add)
+            # Whatever becomes of the instance: it had the KV, and nobody else has.
+            parcel, story.parcel = story.parcel, None
+            self._send(batch.instance, add, parcel if request.computed else None)
 
-    def _send(self, number: int, command: Command) -> None:
+    def _send(self, number: int, command: Command, parcel: Parcel = None) -> None:
         assert self._instances is not None
-        self._instances.send(number, command)
+        self._instances.send(number, command, parcel)
+
+    def _is_at(self, slice_id: SliceId, number: int) -> bool:
+        whole = self._dispatcher.whole(slice_id)
+        return whole is not None and self._stories[whole].number == number
 
     def _tell_progress(self) -> None:
         for story in self._stories.values():
@@ -378,13 +369,3 @@ class Front:
             room=int(kv_tokens * policy.safety),
             most=min(books.ready.max_batch for books in self._books.values()),
         )
-
-
-def _seeded(add: Add) -> Add:
-    """With a seed of its own, so that its random stream does not depend on the slice's name."""
-    sampling = add.sampling
-    if sampling.seed is not None or sampling.temperature < _GREEDY_BELOW:
-        return add
-    digest = blake2b(add.id.encode(), digest_size=8, person=b"front").digest()
-    seed = int.from_bytes(digest, "little") >> 1  # seeds have 63 bits
-    return msgspec.structs.replace(add, sampling=msgspec.structs.replace(sampling, seed=seed))

@@ -11,8 +11,9 @@ import ray
 
 from penstock.config import ClusterConfig, ConfigError
 
-# Nothing here goes through Ray's object store; this is about the least that it takes.
+# About the least that Ray takes: only hand-offs go through its object store.
 _STORE_BYTES = 100 << 20
+_HAND_OFF_BYTES = 1 << 30
 _PATIENCE = 5.0
 
 
@@ -42,7 +43,7 @@ def connect(cluster: ClusterConfig) -> Room:
             ray.init(
                 address="local",
                 include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
+                object_store_memory=_HAND_OFF_BYTES if cluster.prefill else _STORE_BYTES,
                 logging_level=logging.WARNING,
             )
         else:
@@ -79,23 +80,23 @@ def room_for(cluster: ClusterConfig, machines: Sequence[Mapping[str, float]]) ->
     given = cluster.cpus_per_instance
     cpus, gpus = 1.0 if given is None else given, cluster.gpus_per_instance
     places = [_places(machine, cpus, gpus) for machine in machines]
-    if sum(places) < cluster.instances:
+    if sum(places) < cluster.count:
         there = {
             name: sum(machine.get(name, 0.0) for machine in machines) for name in ("CPU", "GPU")
         }
         needs = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         msg = (
-            f"--instances {cluster.instances}: each needs {needs} of one machine, so only"
+            f"{cluster.asked}: each needs {needs} of one machine, so only"
             f" {sum(places)} fit on {len(machines)} with {there['CPU']:g} CPUs and"
-            f" {there['GPU']:g} GPUs; lower --instances, --cpus-per-instance or"
+            f" {there['GPU']:g} GPUs; lower {cluster.flags}, --cpus-per-instance or"
             " --gpus-per-instance"
         )
         raise ConfigError(msg)
     cores = sum(machine.get("CPU", 0.0) for machine in machines)
-    threads = cores / cluster.instances if given is None else given
+    threads = cores / cluster.count if given is None else given
     # How many will share a machine is Ray's to say: at worst as many as fit there.  A whole GPU is
     # not shared.
-    beside = min(cluster.instances, max(places))
+    beside = min(cluster.count, max(places))
     share = min(1.0, gpus) if gpus else 1 / beside
     return Room(cpus, max(1, int(threads)), share)
 

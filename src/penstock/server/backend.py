@@ -19,7 +19,7 @@ from penstock.text.tokenizer import TextTokenizer
 
 def has_front(config: Config) -> bool:
     """Whether requests go through a pool before an engine."""
-    return config.cluster.instances > 1 or config.scheduler.preset in FLEETS
+    return config.cluster.count > 1 or config.scheduler.preset in FLEETS
 
 
 def instance_preset(config: Config) -> str:
@@ -35,6 +35,7 @@ def check(config: Config) -> None:
     """
     chosen = config.scheduler
     preset, parameters = chosen.preset, chosen.parameters
+    _check_roles(config)
     if has_front(config):
         fleet = _fleet(config)
         preset, parameters = fleet.preset, _given(fleet.parameters)
@@ -44,14 +45,33 @@ def check(config: Config) -> None:
         raise ConfigError(f"--preset {chosen.preset}: {error}") from None
     if config.scheduler.preset in FLEETS:
         _check_slices(config)
-    if config.cluster.instances > 1:
+    if config.cluster.count > 1:
         _check_instances(config)
         return
     for name in ClusterConfig.model_fields:
-        if name in config.cluster.model_fields_set - {"instances"}:
+        if name in config.cluster.model_fields_set - {"instances", "prefill", "decode"}:
             flag = "--" + name.replace("_", "-")
             msg = f"{flag} {getattr(config.cluster, name)}: only --instances of 2 or more has it"
             raise ConfigError(msg)
+
+
+def _check_roles(config: Config) -> None:
+    cluster, preset = config.cluster, config.scheduler.preset
+    for one, other in (("prefill", "decode"), ("decode", "prefill")):
+        if getattr(cluster, one) and not getattr(cluster, other):
+            msg = f"--{one} {getattr(cluster, one)}: it needs --{other} of 1 or more as well"
+            raise ConfigError(msg)
+    if not cluster.prefill:
+        if "kv_transport" in cluster.model_fields_set:
+            msg = f"--kv-transport {cluster.kv_transport}: only --prefill and --decode have it"
+            raise ConfigError(msg)
+        return
+    if cluster.instances > 1:
+        msg = f"--instances {cluster.instances}: give it, or {cluster.asked}, not both"
+        raise ConfigError(msg)
+    if preset in FLEETS:
+        msg = f"--preset {preset}: slices go without roles; leave out {cluster.asked}"
+        raise ConfigError(msg)
 
 
 def _fleet(config: Config) -> Fleet:
@@ -86,12 +106,12 @@ def _check_slices(config: Config) -> None:
 def _check_instances(config: Config) -> None:
     engine, cluster = config.engine, config.cluster
     if importlib.util.find_spec("ray") is None:
-        msg = f"--instances {cluster.instances} needs Ray: pip install 'penstock[ray]'"
+        msg = f"{cluster.asked} needs Ray: pip install 'penstock[ray]'"
         raise ConfigError(msg)
     if config.bench.record_steps is not None:
         msg = (
             f"--record-steps {config.bench.record_steps}: steps of one engine are recorded, not of"
-            f" --instances {cluster.instances}"
+            f" {cluster.asked}"
         )
         raise ConfigError(msg)
     if engine.engine != "native" or not engine.device.startswith("cuda"):

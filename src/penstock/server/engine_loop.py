@@ -6,6 +6,7 @@ import os
 import time
 from typing import Protocol
 
+from penstock.core.engine import KV
 from penstock.core.forecast.latency.affine import Affine
 from penstock.core.forecast.latency.online import OnlineAffine
 from penstock.core.runtime import Runtime, StepOutput
@@ -52,6 +53,18 @@ class Pipe(Protocol):
         ...
 
 
+class KVDesk(Protocol):
+    """Where KV is left for other instances, and found when it came from one."""
+
+    def leave(self, slice_id: str, kv: KV) -> None:
+        """Of a request that ends with the next step that is reported."""
+        ...
+
+    def find(self, slice_id: str) -> KV | None:
+        """What came for a request, once."""
+        ...
+
+
 class StepPrices:
     """What steps cost, learned from each; a guess until there are enough of them."""
 
@@ -71,7 +84,7 @@ class StepPrices:
         return model.step, model.token, model.request, model.context
 
 
-def build_loop(spec: EngineSpec, pipe: Pipe) -> EngineLoop:
+def build_loop(spec: EngineSpec, pipe: Pipe, desk: KVDesk | None = None) -> EngineLoop:
     """Load the engine, and everything that turns it.
 
     Raises:
@@ -80,7 +93,7 @@ def build_loop(spec: EngineSpec, pipe: Pipe) -> EngineLoop:
     prices = StepPrices() if spec.prices else None
     engine = build_engine(spec, prices.observe if prices else None)
     runtime = Runtime(build_scheduler(spec, engine), engine, time.monotonic)
-    return EngineLoop(runtime, pipe, prices)
+    return EngineLoop(runtime, pipe, prices, desk)
 
 
 def spin_briefly() -> None:
@@ -96,10 +109,17 @@ def spin_briefly() -> None:
 class EngineLoop:
     """Turns a runtime at the end of a pipe."""
 
-    def __init__(self, runtime: Runtime, pipe: Pipe, prices: StepPrices | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        pipe: Pipe,
+        prices: StepPrices | None = None,
+        desk: KVDesk | None = None,
+    ) -> None:
         self._runtime = runtime
         self._pipe = pipe
         self._prices = prices
+        self._desk = desk
         self._received = 0
         self._stopping = False
         self._reported = True
@@ -151,7 +171,7 @@ class EngineLoop:
             case Add():
                 self._received += 1
                 try:
-                    self._runtime.add(*command.unpack(self._runtime.engine.capabilities))
+                    self._add(command)
                 except RequestError as error:
                     self._pipe.send(Refused(command.id, error.field, str(error)))
             case Cancel():
@@ -162,8 +182,17 @@ class EngineLoop:
             case Stop():
                 self._stopping = True
 
+    def _add(self, command: Add) -> None:
+        request, work = command.unpack(self._runtime.engine.capabilities)
+        if command.computed and self._desk is not None:
+            work = work._replace(kv=self._desk.find(command.id))
+        self._runtime.add(request, work)
+
     def _report(self, output: StepOutput) -> Step:
         stats = self._runtime.stats()
+        for request_id, kv in output.kept.items():
+            if kv is not None and self._desk is not None:
+                self._desk.leave(request_id, kv)
         details = {
             request_id: (token.logprob, list(token.top))
             for request_id, token in output.tokens.items()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
 from penstock.config import Config
-from penstock.core.engine import Engine, Ticket
+from penstock.core.engine import KV, Engine, Ticket
 from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
 from penstock.core.scheduler import Scheduler
@@ -41,6 +41,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         profile, speed: of the simulated engine.
         record_steps: file to which measured steps go; empty for none.
         prices: whether to learn what steps cost, and say it.
+        kv_transport: what carries KV to other instances; empty: nothing does.
         preset, order, parameters, seed: the scheduler's.
         commands, events: addresses of the two sockets.
     """
@@ -59,6 +60,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     speed: float = 1.0
     record_steps: str = ""
     prices: bool = False
+    kv_transport: str = ""
     commands: str = ""
     events: str = ""
 
@@ -111,6 +113,28 @@ def _load(spec: EngineSpec) -> Engine:
 
     options: dict[str, Any] = dict(spec.options)
     return NativeEngine.load(spec.model, **options)
+
+
+class KVCodec(NamedTuple):
+    """How KV of one kind of engine becomes bytes, and KV again."""
+
+    encode: Callable[[Any], bytes]
+    decode: Callable[[bytes], KV]
+
+
+def kv_codec(kind: str) -> KVCodec:
+    """Of a kind of engine."""
+    if kind == "native":
+        from penstock.engine.handoff import HostKV
+
+        return KVCodec(HostKV.to_bytes, HostKV.from_bytes)
+    if kind == "sim":
+        from penstock.sim.kv import SimKV
+
+        return KVCodec(msgspec.msgpack.encode, msgspec.msgpack.Decoder(SimKV).decode)
+    from penstock.testing.scripted import ScriptedKV
+
+    return KVCodec(msgspec.msgpack.encode, msgspec.msgpack.Decoder(ScriptedKV).decode)
 
 
 def build_scheduler(spec: EngineSpec, engine: Engine) -> Scheduler:

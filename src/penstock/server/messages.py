@@ -70,6 +70,9 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
     trace_length: int | None
     generated: list[int]
     batch: int
+    computed: int = 0
+    first_token: float | None = None
+    keep_kv: bool = False
 
     @classmethod
     def pack(cls, request: Request, work: Work) -> Add:
@@ -91,6 +94,9 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             trace_length=work.trace_length,
             generated=list(work.generated),
             batch=request.batch,
+            computed=request.computed,
+            first_token=request.first_token,
+            keep_kv=work.keep_kv,
         )
 
     def unpack(self, capabilities: Capabilities) -> tuple[Request, Work]:
@@ -99,7 +105,9 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             prefix_keys(self.prompt, capabilities.block_size) if capabilities.prefix_cache else ()
         )
         sampling = self.sampling.unpack()
-        return self.request(keys), Work(self.prompt, sampling, self.trace_length, self.generated)
+        length, generated = self.trace_length, self.generated
+        work = Work(self.prompt, sampling, length, generated, keep_kv=self.keep_kv)
+        return self.request(keys), work
 
     def request(self, prefix: tuple[PrefixKey, ...] = ()) -> Request:
         """The scheduler's half, with these prefix keys."""
@@ -115,6 +123,8 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             prefix=prefix,
             generated=len(self.generated),
             batch=self.batch,
+            computed=self.computed,
+            first_token=self.first_token,
         )
 
 
@@ -215,5 +225,19 @@ class Explained(msgspec.Struct, tag="explained", array_like=True, frozen=True, g
     text: str
 
 
+class Brought(msgspec.Struct, tag="brought", array_like=True, frozen=True, gc=False):
+    """The KV of a request has come from another instance: so many bytes."""
+
+    id: str
+    bytes: int
+
+
+class Missed(msgspec.Struct, tag="missed", array_like=True, frozen=True, gc=False):
+    """The KV of a request did not come, so it was not taken in."""
+
+    id: str
+    message: str
+
+
 Command: TypeAlias = Add | Cancel | Explain | Stop
-Event: TypeAlias = Ready | Step | Refused | Explained
+Event: TypeAlias = Ready | Step | Refused | Explained | Brought | Missed

@@ -87,6 +87,8 @@ class Metrics:
         self.instance_restarts = self._labelled(
             "instance_restarts", "Times an instance ended by itself.", "instance"
         )
+        self.hand_offs = self._counter("kv_hand_offs", "Requests whose KV changed its instance.")
+        self.hand_off_bytes = self._counter("kv_hand_off_bytes", "Bytes of that KV.")
         self.finished = self._labelled(
             "request_success", "Requests that ended well, by finish reason.", "finished_reason"
         )
@@ -114,6 +116,11 @@ class Metrics:
             "time_per_output_token_seconds", "Mean time per token after the first.", _TPOT
         )
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E)
+        self.hand_off_seconds = self._histogram(
+            "kv_hand_off_seconds",
+            "From a prefill's end to its KV at a decode instance.",
+            _TTFT,
+        )
         self.step_seconds = self._histogram("step_seconds", "Duration of a step.", _STEP)
         self.planning_seconds = self._histogram(
             "planning_seconds", "What planning took, per step.", _PLANNING
@@ -140,6 +147,12 @@ class Metrics:
         self.instance_waiting.labels(*labels).set(gauges.waiting)
         self.instance_kv_usage.labels(*labels).set(gauges.kv_usage)
         self.instance_load.labels(*labels).set(load)
+
+    def on_hand_off(self, size: int, seconds: float) -> None:
+        """KV went from one instance to another."""
+        self.hand_offs.inc()
+        self.hand_off_bytes.inc(size)
+        self.hand_off_seconds.observe(seconds)
 
     def on_instance_lost(self, number: int, *, left: int) -> None:
         """One instance is gone; with ``left`` at 0 it was the last."""

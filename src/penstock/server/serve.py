@@ -143,7 +143,7 @@ class _Server:
             sys.stdout.flush()
 
     def _size(self, ready: Ready) -> str:
-        instances = self._config.cluster.instances
+        instances = self._config.cluster.count
         return (
             f"{instances} instances of {ready.kv_tokens}" if instances > 1 else f"{ready.kv_tokens}"
         )

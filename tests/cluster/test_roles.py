@@ -1,0 +1,123 @@
+"""Prefill and decode instances behind a front, by hand: hand-offs, losses, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.cluster.machines import room_for
+from penstock.config import ClusterConfig, Config, ConfigError
+from penstock.core.types import FinishReason, Role
+from penstock.server.backend import check
+from tests.cluster.fakes import Hall
+from tests.cluster.test_front import finish
+
+ROLES = (Role.PREFILL, Role.DECODE, Role.DECODE)
+
+
+def test_a_request_is_prefilled_here_and_decoded_there() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES)
+        for number in (0, 1):
+            hall.start(number)
+        work = hall.ask("r", 12, range(20), trace=10)
+        once = hall.ask("once", 1, range(5))
+        await finish(hall)
+        hall.check_all({"r": (work, 12), "once": (once, 1)})
+        adds = [(number, add.id, add.computed, add.cap, add.keep_kv) for number, add in hall.adds()]
+        assert adds == [
+            (0, "r", 0, 1, True),
+            (0, "once", 0, 1, False),
+            (1, "r~1", 20, 12, False),
+        ]
+        (size,) = hall.client.hand_offs
+        assert size > 20
+        assert hall.front._parcels == {}
+
+    asyncio.run(story())
+
+
+def test_kv_that_does_not_arrive_is_computed_again() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES)
+        hall.loses_kv = 2
+        for number in (0, 1):
+            hall.start(number)
+        work = hall.ask("r", 12, range(20), trace=10)
+        await finish(hall)
+        hall.check_all({"r": (work, 12)})
+        assert [number for number, _ in hall.adds()] == [0, 1, 0, 1, 0, 1]
+        # Each prefill computes the tokens that it has by then, and adds one.
+        assert [len(add.generated) for _, add in hall.adds()] == [0, 1, 1, 2, 2, 3]
+
+    asyncio.run(story())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    preset=st.sampled_from(["distserve", "kairos-literal", "kairos", "past-future"]),
+    seed=st.integers(0, 1 << 20),
+)
+def test_texts_are_as_if_nothing_had_happened(preset: str, seed: int) -> None:
+    """Random loads, deaths of either role, lost KV: every token once, and no memory in use."""
+
+    async def story() -> None:
+        draw = random.Random(seed)
+        hall = Hall(preset, roles=(Role.PREFILL, Role.DECODE, Role.DECODE, Role.PREFILL))
+        for number in range(3):
+            hall.start(number)
+        works = {}
+        for n in range(12):
+            cap = draw.randint(1, 40)
+            prompt = [draw.randrange(256) for _ in range(draw.randint(1, 20))]
+            works[f"r{n}"] = (hall.ask(f"r{n}", cap, prompt), cap)
+        for _ in range(60):
+            await asyncio.sleep(0)
+            hall.loses_kv = int(draw.random() < 0.1)
+            for number in list(hall.live):
+                if draw.random() < 0.8:
+                    hall.turn(number)
+            if draw.random() < 0.1 and hall.live:
+                hall.kill(draw.choice(list(hall.live)))
+            if draw.random() < 0.3:
+                for number in {0, 1, 2, 3} - hall.live.keys():
+                    hall.start(number)
+        hall.loses_kv = 0
+        for number in {0, 1, 2} - hall.live.keys():
+            hall.start(number)
+        await finish(hall)
+        ends = hall.client.ends.values()
+        failed = {end.id for end in ends if end.reason is FinishReason.FAILED}
+        hall.check_all({name: work for name, work in works.items() if name not in failed})
+        assert hall.front._parcels == {}
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("cluster", "preset", "message"),
+    [
+        ({"prefill": 2}, "kairos", "--prefill 2: it needs --decode of 1 or more"),
+        ({"decode": 1}, "kairos", "--decode 1: it needs --prefill of 1 or more"),
+        (
+            {"prefill": 1, "decode": 2, "instances": 3},
+            "kairos",
+            "--instances 3: give it, or --prefill 1 --decode 2, not both",
+        ),
+        ({"prefill": 1, "decode": 1}, "scls", "--preset scls: slices go without roles"),
+        ({"instances": 2, "kv_transport": "inline"}, "vllm", "--kv-transport inline: only"),
+    ],
+)
+def test_what_does_not_go_together(cluster: dict[str, object], preset: str, message: str) -> None:
+    config = Config.model_validate({"cluster": cluster, "scheduler": {"preset": preset}})
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+def test_machines_that_are_too_few_are_named_by_the_flags() -> None:
+    with pytest.raises(ConfigError, match="--prefill 2 --decode 3: each needs 1 CPUs"):
+        room_for(ClusterConfig(prefill=2, decode=3), [{"CPU": 4.0}])
