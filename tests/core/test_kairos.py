@@ -118,7 +118,10 @@ def test_those_who_have_output_come_first_the_short_before_the_long() -> None:
     queue = prompts([900, 500, 40, 300], generated=[0, 3, 0, 3], arrival=[0, 1, 2, 3])
     urgency = Urgency(time=rated(1, 1.0))
     assert urgency.rank(queue, 10.0).tolist()[:2] == [3, 1]
-    assert urgency.rank(queue, 31.5).tolist()[:2] == [1, 3], "who came 30 s ago is not passed"
+    assert urgency.rank(queue, 31.5).tolist()[:2] == [1, 3], "who came 30 s ago has its turn"
+    others = queue._replace(seq=np.array([0, 9, 2, 3]))  # it has got its memory
+    assert urgency.rank(others, 33.5).tolist()[:2] == [3, 1], "and the next one not at once"
+    assert urgency.rank(others, 35.0).tolist()[:2] == [3, 1], "of two that are due, the older"
 
 
 def test_a_hopeless_prompt_ends_however_many_short_ones_come() -> None:

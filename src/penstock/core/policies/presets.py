@@ -192,7 +192,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                         "lost_share": 0.1,
                         "tpot": 0.05,
                         "margin": 0.05,
-                        "stretch": 2.0,
+                        "stretch": 4.0,
                     }
                 ),
                 order="urgency",

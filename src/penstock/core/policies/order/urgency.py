@@ -7,8 +7,10 @@ keeps the most jobs of one machine in time; the share of the others is our own.
 Rule: go through the requests by deadline, adding up their times; whenever one would be late,
 give up the longest of those so far.  Those kept run by deadline.  Those given up come after them,
 the shortest first, but one step in ``1 / lost_share`` begins with the oldest of them, so that
-each ends.  Requests that have output already, evicted ones, come before all.  All is made anew
-before every step, so a request given up comes back where time is found.
+each ends.  Requests that have output already, evicted or handed over, come before all: the short
+before the long, those that have waited for ``patience`` after them, but for the oldest of these,
+one in ``patience * lost_share`` seconds, which comes first of all until it has its memory.  All is
+made anew before every step, so a request given up comes back where time is found.
 Limits: knows nothing of who will arrive; a prompt that cannot make it at all gets the lost share
 only, under load: the oldest lost one computes a step's tokens in every ``1 / lost_share`` steps.
 """
@@ -32,6 +34,7 @@ class Urgency:
 
     Attributes:
         lost_share: of the steps begins with the oldest of those who cannot, in (0, 1].
+        patience: seconds after its arrival for which a request with output counts as fresh.
         time: how long prompts take.
     """
 
@@ -39,6 +42,8 @@ class Urgency:
     patience: float = 30.0
     time: PromptTime = field(default_factory=LengthAware)
     _since: int = 0
+    _favoured: int = -1
+    _favour_again: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.lost_share <= 1:
@@ -50,9 +55,10 @@ class Urgency:
         seconds = self.time.seconds(prompts.computed, prompts.tokens)
         continuing = prompts.generated > 0
         deadline = np.where(continuing, -np.inf, prompts.arrival + prompts.ttft)
-        fresh = continuing & (now - prompts.arrival < self.patience)
-        size = np.where(fresh, prompts.tokens, 0)
-        order = np.lexsort((prompts.seq, size, deadline))
+        aged = continuing & (now - prompts.arrival >= self.patience)
+        size = np.where(continuing, prompts.tokens, 0)
+        size[prompts.seq == self._favour(prompts.seq[aged], now)] = 0
+        order = np.lexsort((prompts.seq, size, aged & (size > 0), deadline))
         kept, lost = _most_in_time(order.tolist(), seconds.tolist(), deadline.tolist(), now)
         if not lost:
             self._since = 0
@@ -65,6 +71,16 @@ class Urgency:
             lost.remove(oldest)
             kept.insert(0, oldest)
         return np.array(kept + lost, dtype=np.int64)
+
+    def _favour(self, aged: Ints, now: float) -> int:
+        """Which of those who have waited long, by their ``seq``, comes first; -1: none."""
+        if self._favoured in aged:
+            return self._favoured
+        self._favoured = -1
+        if len(aged) and now >= self._favour_again:
+            self._favoured = int(aged.min())
+            self._favour_again = now + self.patience * self.lost_share
+        return self._favoured
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn how long prompts take."""

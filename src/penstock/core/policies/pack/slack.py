@@ -43,7 +43,7 @@ class Slack:
 
     tpot: float = 0.05
     margin: float = 0.05
-    stretch: float = 2.0
+    stretch: float = 4.0
     window: int = 1000
     steps: DecodeSteps = field(default_factory=DecodeSteps)
     history: LengthHistory = field(init=False)
