@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
@@ -209,19 +209,26 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
             plan_every=given.plan_every,
             profile=given.profile,
             steps_only=given.steps_only,
-            instances=given.instances,
             place=given.place,
             padded=given.padded,
-            prefill=given.prefill,
-            decode=given.decode,
-            kv_bytes_per_token=given.kv_bytes_per_token,
-            link_bandwidth=given.link_bandwidth * 1e9,
-            link_latency=given.link_latency,
-            back_pressure=given.back_pressure,
             seed=asked.seed,
+            **_instances(given),
         )
         for name in names
     ]
+
+
+def _instances(given: MachineOptions) -> dict[str, Any]:
+    """How many, for what, and what is between them."""
+    return {
+        "instances": given.instances,
+        "prefill": given.prefill,
+        "decode": given.decode,
+        "kv_bytes_per_token": given.kv_bytes_per_token,
+        "link_bandwidth": given.link_bandwidth * 1e9,
+        "link_latency": given.link_latency,
+        "back_pressure": given.back_pressure,
+    }
 
 
 def _parameters_of(

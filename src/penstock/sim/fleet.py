@@ -42,6 +42,13 @@ class Disaggregated(NamedTuple):
         """Of each instance."""
         return [Role.PREFILL] * self.prefill + [Role.DECODE] * self.decode
 
+    def held_back(self, dispatch: DispatchPolicy, seed: int) -> DispatchPolicy:
+        """A policy with the back-pressure that is asked for."""
+        if self.back_pressure is None:
+            return dispatch
+        held = BackPressure(np.random.default_rng(seed), self.back_pressure)
+        return replace(dispatch, back_pressure=held)
+
 
 def simulate_fleet(
     preset: str,
@@ -73,11 +80,8 @@ def simulate_fleet(
     if fleet.dispatch.priced_tokens > cap:
         msg = f"slice_tokens is {fleet.dispatch.priced_tokens}; it must be at most the cap of {cap}"
         raise ValueError(msg)
-    dispatch = fleet.dispatch
     apart = None if isinstance(instances, int) else instances
-    if apart is not None and apart.back_pressure is not None:
-        held = BackPressure(np.random.default_rng(seed), apart.back_pressure)
-        dispatch = replace(dispatch, back_pressure=held)
+    dispatch = fleet.dispatch if apart is None else apart.held_back(fleet.dispatch, seed)
     dispatcher = _dispatcher(dispatch, latency, capabilities.max_batch)
     if padded:
         room = capabilities.max_batch * capabilities.max_request_tokens
