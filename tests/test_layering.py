@@ -19,7 +19,7 @@ FACTORY = "penstock.server.factories"
 BACKEND = "penstock.server.backend"
 
 # Nothing else starts, or even imports, Ray.
-RAY = ("penstock.cluster.fleet", "penstock.cluster.machines")
+RAY = ("penstock.cluster.fleet", "penstock.cluster.machines", "penstock.cluster.object_store")
 
 FORBIDDEN = {
     "penstock.sim": ("penstock.engine", "torch"),
