@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from penstock.core.dispatcher import Batch, Dispatcher
 from penstock.core.forecast.latency.bilinear import Bilinear
 from penstock.core.forecast.slices import SliceCost
-from penstock.core.policies.back_pressure import BackPressure
+from penstock.core.policies.back_pressure import BackPressure, Waiting
 from penstock.core.policies.dispatch import Interval
 from penstock.core.policies.fleets import FLEETS, PLACES, build_fleet
 from penstock.core.types import FinishReason, Request, Role
@@ -277,6 +277,19 @@ def test_prompts_wait_until_decode_instances_will_have_room() -> None:
     dispatcher.ended("r0", 1, FinishReason.STOP, 1.0)
     assert dispatcher.due <= 1.0
     assert [part.id for batch in dispatcher.dispatch(1.0) for part in batch.requests] == ["r3"]
+
+
+def test_those_that_wait_begin_in_time_and_the_late_are_not_forgotten() -> None:
+    held = BackPressure(np.random.default_rng(1), 1.0)
+    late = Waiting(0.0, 1.0, (5, 0, 5))
+    later = Waiting(1.0, 1.0, (4, 0, 5))
+    fresh = [Waiting(9.5, 1.0, (size, 0, 5)) for size in (30, 10, 20)]
+    queue = [late, *fresh, later]
+    assert held.admitted(queue, [], 1000, 10.0) == [2, 3, 1, 0, 4]
+    # With room for one at a time, one in ten is the oldest late one.
+    turns = [held.admitted(queue, [], 1, 10.0)[0] for _ in range(30)]
+    assert turns.count(0) == 3
+    assert turns.count(2) == 27
 
 
 def test_a_factor_of_nothing_is_refused() -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from penstock.core.types import Role
 from penstock.server.messages import Gauges, Ready
 
 NOTHING = Gauges(0, 0, 0, 0, 0.0, 0, None)
@@ -18,12 +19,14 @@ class Books:
 
     Attributes:
         ready: what it can do.
+        role: what it is for.
         gauges: its own books, as of its last message.
         unseen: prompt lengths of requests sent there and not in ``gauges`` yet.
         sent: requests sent there.
     """
 
     ready: Ready
+    role: Role = Role.MIXED
     gauges: Gauges = NOTHING
     unseen: deque[int] = field(default_factory=deque)
     sent: int = 0
@@ -75,7 +78,9 @@ def joint_gauges(
     """The books of all: waiting is who waits at an instance, on the way there, or in the pool."""
     known = list(books)
     gauges = [book.gauges for book in known]
-    rates = [gauge.rate for gauge in gauges if gauge.rate is not None]
+    # Who is handed over is admitted twice; how long newcomers wait is the prefill's matter.
+    fronts = [book.gauges for book in known if book.role is not Role.DECODE]
+    rates = [gauge.rate for gauge in fronts if gauge.rate is not None]
     capacity = sum(book.ready.kv_tokens for book in known)
     used = sum(book.gauges.kv_usage * book.ready.kv_tokens for book in known)
     return Gauges(

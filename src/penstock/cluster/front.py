@@ -155,8 +155,8 @@ class Front:
                 "here (--max-request-tokens); a longer slice never ends before its request"
             )
             raise EngineStartError(msg)
-        self._books[number] = Books(ready)
         role = self._roles[number] if number < len(self._roles) else Role.MIXED
+        self._books[number] = Books(ready, role)
         self._dispatcher.join(number, ready.kv_tokens, role)
         self._observer.on_instance(number, NOTHING, 0.0)
         self._tell_ready()

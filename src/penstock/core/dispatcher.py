@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from penstock.core.forecast.slices import SliceCost
 from penstock.core.members import Instance, Member, Sent
+from penstock.core.policies.back_pressure import Waiting
 from penstock.core.policies.dispatch import DispatchPolicy, InstanceView
 from penstock.core.types import FinishReason, Request, RequestId, Role
 
@@ -256,7 +257,7 @@ class Dispatcher:
         for stage, there in ((Role.DECODE, with_kv), (Role.PREFILL, without)):
             views = [view for view in self.instances if view.role in {stage, Role.MIXED}]
             if there and views:
-                going = there[: self._may_begin(there)] if stage is Role.PREFILL else there
+                going = self._may_begin(there, now) if stage is Role.PREFILL else there
                 batches.extend(self._dispatch(going, views))
         self._pool = {each.request.id: each for each in waiting if each.sent is None}
         self._held = bool(self._pool)
@@ -282,16 +283,17 @@ class Dispatcher:
         assert self._cost is not None
         return self._cost(min(instance.kv_tokens for instance in self._instances.values()))
 
-    def _may_begin(self, waiting: list[Member]) -> int:
-        """How many of these the decode instances will have room for."""
+    def _may_begin(self, waiting: list[Member], now: float) -> list[Member]:
+        """Those of these that the decode instances will have room for."""
         policy = self.policy.back_pressure
         decode = [each for each in self._instances.values() if each.role is Role.DECODE]
         if policy is None or not decode:
-            return len(waiting)
+            return waiting
         pooled = {id(member) for member in waiting}
         ahead = [member.row for member in self._members.values() if id(member) not in pooled]
         room = sum(instance.kv_tokens for instance in decode)
-        return policy.admitted([member.row for member in waiting], ahead, room)
+        asking = [Waiting(m.request.arrival, m.request.slo.ttft, m.row) for m in waiting]
+        return [waiting[index] for index in policy.admitted(asking, ahead, room, now)]
 
     def _dispatch(self, members: list[Member], views: list[InstanceView]) -> list[Batch]:
         """Make batches of these and send each to one of these instances."""

@@ -7,6 +7,8 @@ rejects by the predicted load of its decode side.
 Rule: a request may begin its prefill if the peak KV memory of all that are at decode instances, or
 on their way there, drawn once from the lengths that ended lately, is at most ``factor`` times what
 these instances have, with the newcomer added.  When nothing is on its way one may always begin.
+Those that wait begin in an order of their own: while their TTFT lasts the short first, then by
+arrival, but one in ten is the oldest of those whose TTFT is over.
 Limits: the instances' memories are added up, so one of them may overflow; one scenario per look.
 """
 
@@ -14,11 +16,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from penstock.core.forecast.lengths import LengthHistory
 from penstock.core.forecast.occupancy import Occupancy
+
+_LATE_EVERY = 10
+_NO_PROMISE = 8.0
+
+
+class Waiting(NamedTuple):
+    """A request that has not begun.
+
+    Attributes:
+        arrival: in seconds.
+        ttft: promised seconds; None: 8 are assumed.
+        row: (prompt, generated, cap) in tokens.
+    """
+
+    arrival: float
+    ttft: float | None
+    row: tuple[int, int, int]
 
 
 @dataclass(slots=True)
@@ -35,6 +55,7 @@ class BackPressure:
     factor: float = 1.0
     window: int = 1000
     history: LengthHistory = field(init=False)
+    _since_late: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < float("inf"):
@@ -44,17 +65,38 @@ class BackPressure:
 
     def admitted(
         self,
+        waiting: Sequence[Waiting],
+        ahead: Sequence[tuple[int, int, int]],
+        kv_tokens: int,
+        now: float,
+    ) -> list[int]:
+        """Which of those who wait may begin, the first first.
+
+        Args:
+            ahead: (prompt, generated, cap) in tokens of those at decode instances or on the way.
+            kv_tokens: of all decode instances.
+        """
+        late = [now > each.arrival + (each.ttft or _NO_PROMISE) for each in waiting]
+        order = sorted(
+            range(len(waiting)),
+            key=lambda i: (late[i], 0 if late[i] else sum(waiting[i].row[:2]), waiting[i].arrival),
+        )
+        oldest = next((i for i in order if late[i]), None)
+        if oldest is not None and self._since_late >= _LATE_EVERY - 1:
+            order.remove(oldest)
+            order.insert(0, oldest)
+        begun = order[: self._fitting([waiting[i].row for i in order], ahead, kv_tokens)]
+        lates = [place for place, i in enumerate(begun) if late[i]]
+        self._since_late = len(begun) - 1 - lates[-1] if lates else self._since_late + len(begun)
+        return begun
+
+    def _fitting(
+        self,
         waiting: Sequence[tuple[int, int, int]],
         ahead: Sequence[tuple[int, int, int]],
         kv_tokens: int,
     ) -> int:
-        """How many of those who wait, from the first on, may begin.
-
-        Args:
-            waiting, ahead: (prompt, generated, cap) in tokens; ``ahead`` are at decode instances
-                or on their way.
-            kv_tokens: of all decode instances.
-        """
+        """How many of those who wait, from the first on, fit."""
         rows = np.array([*ahead, *waiting], dtype=np.int64).reshape(-1, 3)
         prompt, generated, cap = rows.T
         lengths = self.history.draw_running(self.rng.random(len(rows)), generated, cap)
