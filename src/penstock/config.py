@@ -176,6 +176,10 @@ class HttpConfig(_Section):
     max_header_bytes: int = Field(
         32 << 10, ge=1024, description="Largest request head; longer ones get 431."
     )
+    pace_delivery: bool = Field(
+        False,
+        description="Release tokens no earlier than the pace of their request's TPOT promise.",
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="After SIGTERM, how long open requests may take to end."
     )

@@ -12,7 +12,8 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeAlias
 
 from penstock.core.engine import Work
 from penstock.core.gate import Limits, Load, Refusal, gate
@@ -22,6 +23,7 @@ from penstock.server.errors import ApiError, invalid, unavailable
 from penstock.server.messages import (
     Add,
     Cancel,
+    End,
     Event,
     Explain,
     Explained,
@@ -30,7 +32,11 @@ from penstock.server.messages import (
     Refused,
     Step,
 )
+from penstock.server.pacing import Pacer
 from penstock.server.supervisor import Backend
+
+Detail: TypeAlias = tuple[float, list[tuple[int, float]]]
+"""A token's log probability and the top alternatives."""
 
 _EXPLAIN_TIMEOUT = 5.0
 
@@ -52,13 +58,20 @@ class Observer(Protocol):
 
 
 class EngineClient:
-    """Sends requests to the engine process and brings their tokens home."""
+    """Sends requests to the engine process and brings their tokens home.
 
-    def __init__(self, limits: Limits, observer: Observer) -> None:
+    Args:
+        limits: of the waiting queue.
+        observer: who counts.
+        paced: tokens that come early are released at the pace of their TPOT promise.
+    """
+
+    def __init__(self, limits: Limits, observer: Observer, *, paced: bool = False) -> None:
         self._limits = limits
         self._observer = observer
         self._backend: Backend | None = None
         self._open: dict[str, Choice] = {}
+        self._pacer = Pacer(time.monotonic) if paced else None
         self._tickets = itertools.count()
         self._explaining: dict[int, asyncio.Future[str]] = {}
         # Requests sent to this process and not yet counted in its books: their prompt lengths.
@@ -125,6 +138,8 @@ class EngineClient:
         """End a request from here; nothing happens if it has ended."""
         if self._open.pop(choice.id, None) is None:
             return
+        if self._pacer is not None:
+            self._pacer.forget(choice)
         choice.end(reason, "", time.monotonic(), 0.0)
         self._observer.on_end(choice)
         if self._backend is not None and self.alive:
@@ -179,6 +194,9 @@ class EngineClient:
 
     def fail_all(self, error: ApiError) -> None:
         """End every open request with an error, here and in the engine."""
+        if self._pacer is not None:
+            for choice in list(self._open.values()):
+                self._pacer.flush(choice)
         choices = list(self._open.values())
         self._open.clear()
         for choice in choices:
@@ -200,14 +218,33 @@ class EngineClient:
             choice = self._open.get(request_id)
             if choice is None:
                 continue  # cancelled while the step ran
-            gap = now - choice.times.last if choice.tokens else None
-            stopped = choice.token(token_id, details.get(request_id), now)
-            self._observer.on_token(choice, gap)
-            if stopped:
-                self.cancel(choice, FinishReason.STOP)
+            if self._pacer is None:
+                self._token(choice, token_id, details.get(request_id), now)
+            else:
+                tell = partial(self._token, choice, token_id, details.get(request_id))
+                self._pacer.token(choice, now, tell)
         for end in step.ended:
-            choice = self._open.pop(end.id, None)
-            if choice is not None:
-                choice.evictions = end.evictions
-                choice.end(end.reason, end.detail, now, self.load.predicted_wait)
-                self._observer.on_end(choice)
+            choice = self._open.get(end.id)
+            if choice is None:
+                continue
+            if self._pacer is None:
+                self._end(choice, end, now)
+            else:
+                self._pacer.end(choice, now, partial(self._end, choice, end))
+
+    def _token(self, choice: Choice, token: int, detail: Detail | None, now: float) -> None:
+        """Deliver a token."""
+        if choice.ended:
+            return
+        gap = now - choice.times.last if choice.tokens else None
+        stopped = choice.token(token, detail, now)
+        self._observer.on_token(choice, gap)
+        if stopped:
+            self.cancel(choice, FinishReason.STOP)
+
+    def _end(self, choice: Choice, end: End, now: float) -> None:
+        """Deliver a request's end."""
+        if self._open.pop(choice.id, None) is not None:
+            choice.evictions = end.evictions
+            choice.end(end.reason, end.detail, now, self.load.predicted_wait)
+            self._observer.on_end(choice)

@@ -56,7 +56,7 @@ class _Server:
         model = given.resolve().name if given.is_dir() else config.engine.model
         self._metrics = Metrics(model)
         limits = Limits(config.admission.max_waiting, config.admission.max_waiting_tokens)
-        self._client = EngineClient(limits, self._metrics)
+        self._client = EngineClient(limits, self._metrics, paced=config.http.pace_delivery)
         self._backend = build_backend(config, path, text, self, self._metrics)
         self._client.attach(self._backend)
         preset = presets.PRESETS[instance_preset(config)]
