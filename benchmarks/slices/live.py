@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 LOAD = ("--lengths", "sharegpt", "--scale", "0.125", "--cap", "160")
 KV_TOKENS = 16_384
-COUNT, RATE = 400, 12.0
+COUNT, RATE = 400, 8.0
 OTHER = ("--requests", "80", "--rate", "5", "--seed", "99")
 
 

@@ -233,14 +233,14 @@ def learned(slack: Slack) -> Slack:
     ),
     gap=st.sampled_from([None, 0.1]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_whoever_sits_out_keeps_the_pace_and_the_gap(lengths: list[int], gap: float | None) -> None:
     """Where a step of all fits the pace, nobody falls behind, and most are faster than in step."""
     slack = learned(Slack())
     now, count = 100.0, len(lengths)
     generated, latest = np.ones(count, dtype=np.int64), np.full(count, now)
     lengths_ = np.array(lengths)
-    for _ in range(300):
+    for _ in range(150):
         context = lengths_ + generated
         bound = np.full(count, np.inf if gap is None else gap)
         view = Decoding(
@@ -256,9 +256,12 @@ def test_whoever_sits_out_keeps_the_pace_and_the_gap(lengths: list[int], gap: fl
         generated[rows] += 1
         latest[rows] = now
     assert (latest - 100.0 <= 0.06 * (generated - 1)).all()
-    full = MACHINE.seconds(StepLoad(count, int(lengths_.sum()), longest=int(lengths_.max())))
-    if lengths_.max() > 4 * np.median(lengths_):
-        assert np.median(generated) * full > 1.1 * (now - 100.0)
+    short = lengths_[lengths_ < lengths_.max()]
+    if len(short):
+        full = MACHINE.seconds(StepLoad(count, int(lengths_.sum()), longest=int(lengths_.max())))
+        quick = MACHINE.seconds(StepLoad(len(short), int(short.sum()), longest=int(short.max())))
+        if len(short) / quick > 1.2 * count / full:
+            assert generated[lengths_ < lengths_.max()].max() * full > 1.05 * (now - 100.0)
 
 
 def test_nobody_is_packed_before_step_times_are_known() -> None:

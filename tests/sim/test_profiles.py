@@ -85,7 +85,7 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("kind", "coefficients", "words"),
     [
-        ("cubic", {}, "kind is 'cubic'.*affine, roofline"),
+        ("cubic", {}, "kind is 'cubic'.*affine, longest-bound, roofline"),
         ("affine", {"step": 1.0}, "affine needs step, token, work, request, context"),
         ("affine", {**OWN.coefficients, "step": -1.0}, "step is -1.0"),
     ],
