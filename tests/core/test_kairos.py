@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise, permutations
 
 import numpy as np
@@ -23,7 +24,10 @@ from penstock.core.policies.order.urgency import Urgency
 from penstock.core.policies.order.urgency_literal import UrgencyLiteral
 from penstock.core.policies.pack.slack import Slack
 from penstock.core.policies.pack.slack_literal import SlackLiteral, step_table
+from penstock.core.scheduler import Scheduler
 from penstock.core.snapshot import Decoding, Prompts
+from penstock.core.types import Capabilities, Request
+from tests.core.drive import result
 
 K = 1024
 MACHINE = LongestBound(9e-3, 1e-4, 2.38e-7, 7e-9, 4.766e-5, 2.972e-10)
@@ -262,6 +266,35 @@ def test_whoever_sits_out_keeps_the_pace_and_the_gap(lengths: list[int], gap: fl
         quick = MACHINE.seconds(StepLoad(len(short), int(short.sum()), longest=int(short.max())))
         if len(short) / quick > 1.2 * count / full:
             assert generated[lengths_ < lengths_.max()].max() * full > 1.05 * (now - 100.0)
+
+
+def test_the_pace_counts_from_the_first_token_wherever_that_came() -> None:
+    """A request that was handed over has been waiting since its first token."""
+
+    class Looking:
+        def __init__(self) -> None:
+            self.first: list[float] = []
+
+        def choose(self, decoding: Decoding, now: float) -> None:
+            assert now == 12.0
+            self.first = decoding.first.tolist()
+
+        def observe(self, load: StepLoad, seconds: float) -> None:
+            """Nothing to learn."""
+
+        def ended(self, length: int) -> None:
+            """Nothing to learn."""
+
+    looking = Looking()
+    policy = replace(presets.build("vllm"), pack=looking)
+    scheduler = Scheduler(Capabilities(100, 1, 8, 64, 200), policy)
+    scheduler.add(Request("here", 10, 20, 9.0))
+    scheduler.add(Request("from elsewhere", 10, 20, 1.0, generated=1, computed=10, first_token=3.5))
+    plan = scheduler.plan(11.0)
+    assert plan is not None
+    scheduler.confirm(result(plan))
+    scheduler.plan(12.0)
+    assert sorted(looking.first) == [3.5, 12.0]
 
 
 def test_nobody_is_packed_before_step_times_are_known() -> None:

@@ -132,7 +132,7 @@ class Scheduler:
         most = blocks_for(request.prompt_tokens + request.cap, self.capabilities.block_size)
         entry = Entry(
             request, self._arrivals, key, request.arrival,
-            generated=request.generated, most_blocks=most,
+            generated=request.generated, most_blocks=most, first_at=request.first_token,
         )  # fmt: skip
         self._arrivals += 1
         books.entries[request.id] = entry
