@@ -19,18 +19,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "past_future_live"))
 
 import model
+from live_pair import penstock, record, wait_for_both
 
 from penstock.bench.local import revision, serve
 from penstock.bench.result import machine
@@ -52,40 +50,6 @@ def serving(preset: str, *more: str) -> list[str]:
         "--max-step-tokens", str(CHUNK), "--dtype", "float32", "--no-prefix-cache",
         "--max-waiting", "0", "--max-waiting-tokens", "0", "--trace-lengths", *more,
     ]  # fmt: skip
-
-
-def penstock(*words: str) -> None:
-    """Run a command; its own words show if it fails.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    command = [sys.executable, "-m", "penstock.cli", *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def wait_for_both(url: str) -> None:
-    """Until both instances say something of themselves."""
-    for _ in range(900):
-        text = httpx.get(f"{url}/metrics").text
-        if all(f'requests_running{{instance="{number}"' in text for number in (0, 1)):
-            return
-        time.sleep(0.1)
-    msg = "an instance did not come up within 90 seconds"
-    raise SystemExit(msg)
-
-
-def record(steps: Path) -> None:
-    """Steps of one engine, beside another one that works as much."""
-    command = [sys.executable, "-m", "penstock.cli", "bench", *LOAD, *OTHER, "--url"]
-    words = serving("vllm")
-    with serve([*words, "--record-steps", str(steps)]) as one, serve(words) as other:
-        both = [
-            subprocess.Popen([*command, url], stdout=subprocess.DEVNULL) for url in (one, other)
-        ]
-        for process in both:
-            if process.wait():
-                raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def attained(found: dict[str, Any]) -> dict[str, float]:
@@ -128,9 +92,9 @@ def one_trial(seed: int, rate: float) -> dict[str, dict[str, dict[str, float]]]:
     words = ("--requests", str(COUNT), "--rate", f"{rate:g}", "--seed", str(seed))
     with tempfile.TemporaryDirectory() as folder:
         steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
-        record(steps)
+        record(steps, serving("vllm"), (*LOAD, *OTHER))
         live = {preset: drive(preset, words) for preset in PRESETS}
-        record(steps)
+        record(steps, serving("vllm"), (*LOAD, *OTHER))
         penstock("profile", str(profile), "--steps", str(steps))
         return {
             preset: {"live": found, "simulated": predict(preset, profile, words)}

@@ -17,18 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "past_future_live"))
 
 import model
+from live_pair import penstock, record, wait_for_both
 
 from penstock.bench.local import revision, serve
 from penstock.bench.result import machine
@@ -58,40 +56,6 @@ def serving(preset: str, instances: int, *more: str) -> list[str]:
     for name, value in PRESETS[preset].items():
         words += [f"--parameters.{name}", f"{value:g}"]
     return [*words, *more]
-
-
-def penstock(*words: str) -> None:
-    """Run a command; its own words show if it fails.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    command = [sys.executable, "-m", "penstock.cli", *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def wait_for_both(url: str) -> None:
-    """Until both instances say something of themselves."""
-    for _ in range(600):
-        text = httpx.get(f"{url}/metrics").text
-        if all(f'requests_running{{instance="{number}"' in text for number in (0, 1)):
-            return
-        time.sleep(0.1)
-    msg = "the second instance did not come up within a minute"
-    raise SystemExit(msg)
-
-
-def record(steps: Path) -> None:
-    """Steps of one engine, beside another one that works as much."""
-    words = serving("past-future", 1)
-    command = [sys.executable, "-m", "penstock.cli", "bench", *LOAD, *OTHER, "--url"]
-    with serve([*words, "--record-steps", str(steps)]) as one, serve(words) as other:
-        both = [
-            subprocess.Popen([*command, url], stdout=subprocess.DEVNULL) for url in (one, other)
-        ]
-        for process in both:
-            if process.wait():
-                raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def drive(preset: str, words: tuple[str, ...]) -> dict[str, Any]:
@@ -137,9 +101,9 @@ def one_trial(seed: int) -> dict[str, dict[str, dict[str, float]]]:
     words = ("--requests", str(COUNT), "--rate", f"{RATE:g}", "--seed", str(seed))
     with tempfile.TemporaryDirectory() as folder:
         steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
-        record(steps)
+        record(steps, serving("past-future", 1), (*LOAD, *OTHER))
         live = {preset: drive(preset, words) for preset in PRESETS}
-        record(steps)
+        record(steps, serving("past-future", 1), (*LOAD, *OTHER))
         penstock("profile", str(profile), "--steps", str(steps))
         return {
             preset: {
