@@ -149,6 +149,8 @@ class Interrupting(ScriptedEngine):
 
 
 def test_an_interrupt_waits_for_the_step_and_leaves_a_usable_model() -> None:
+    # Whoever started the tests may have had it ignored, as shells do for what runs behind them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     engine = Interrupting(capabilities(depth=2), vocab_size=VOCAB, mean_length=10_000)
     llm = LLM(engine=engine)
     engine.interrupt_at = 7

@@ -293,7 +293,7 @@ def test_those_that_wait_begin_in_time_and_the_late_are_not_forgotten() -> None:
 
 
 def test_a_factor_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="backpressure is 0"):
+    with pytest.raises(ValueError, match="back_pressure is 0"):
         BackPressure(np.random.default_rng(0), 0.0)
 
 

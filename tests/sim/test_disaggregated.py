@@ -155,7 +155,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         (["--prefill", "1", "--decode", "1", "--instances", "2"], "instances is 2"),
         (["--back-pressure", "1"], "back_pressure is 1"),
         (["--prefill", "1", "--decode", "1", "--link-bandwidth", "0"], "bandwidth is 0"),
-        (["--prefill", "1", "--decode", "1", "--back-pressure", "0"], "backpressure is 0"),
+        (["--prefill", "1", "--decode", "1", "--back-pressure", "0"], "back_pressure is 0"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:

@@ -52,7 +52,7 @@ class Transfers:
 
     Attributes:
         count, tokens: of all transfers.
-        busy: seconds in which KV flowed.
+        busy: seconds that transfers took, their latency included.
         waited: seconds for which KV waited for a link that was busy.
     """
 

@@ -59,7 +59,7 @@ class BackPressure:
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < float("inf"):
-            msg = f"backpressure is {self.factor}; it must be above 0"
+            msg = f"back_pressure is {self.factor}; it must be above 0"
             raise ValueError(msg)
         self.history = LengthHistory(self.window)
 
