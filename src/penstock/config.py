@@ -31,6 +31,20 @@ class ConfigError(Exception):
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def changed(self) -> set[str]:
+        """Names of the fields that say something else than their default.
+
+        Whether a field was given is not asked: what ``penstock config`` prints gives them all.
+        """
+        return {
+            name for name in self.model_fields_set if getattr(self, name) != _default(self, name)
+        }
+
+
+def _default(section: BaseModel, name: str) -> object:
+    return type(section).model_fields[name].get_default(call_default_factory=True)
+
 
 class EngineConfig(_Section):
     """The model, and how it is run."""

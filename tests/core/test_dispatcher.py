@@ -279,6 +279,33 @@ def test_prompts_wait_until_decode_instances_will_have_room() -> None:
     assert [part.id for batch in dispatcher.dispatch(1.0) for part in batch.requests] == ["r3"]
 
 
+def test_prompts_wait_for_room_while_every_decode_instance_is_gone() -> None:
+    dispatcher = disaggregated(factor=1.0)
+    dispatcher.lose(1, 0.0)
+    for index in range(60):
+        dispatcher.add(request(f"r{index}", prompt=10, cap=20), 0.0)
+    # As many as those 100 tokens would have taken, and no more when their KV is in hand.
+    sent = [part.id for batch in dispatcher.dispatch(0.0) for part in batch.requests]
+    assert sent == ["r0", "r1", "r2"]
+    for name in sent:
+        dispatcher.ended(name, 1, FinishReason.LENGTH, 1.0, kv=True)
+    assert dispatcher.dispatch(1.0) == []
+    dispatcher.join(2, 200, Role.DECODE)
+    parts = [part for batch in dispatcher.dispatch(2.0) for part in batch.requests]
+    assert [part.computed for part in parts] == [10, 10, 10, 0, 0, 0]
+
+
+def test_the_first_prompt_begins_before_any_decode_instance_is_there() -> None:
+    dispatcher = make("past-future")
+    held = BackPressure(np.random.default_rng(1), 1.0)
+    dispatcher = Dispatcher(replace(dispatcher.policy, back_pressure=held))
+    dispatcher.join(0, 1000, Role.PREFILL)
+    for index in range(4):
+        dispatcher.add(request(f"r{index}", prompt=10, cap=20), 0.0)
+    sent = [part.id for batch in dispatcher.dispatch(0.0) for part in batch.requests]
+    assert sent == ["r0"]
+
+
 def test_those_that_wait_begin_in_time_and_the_late_are_not_forgotten() -> None:
     held = BackPressure(np.random.default_rng(1), 1.0)
     late = Waiting(0.0, 1.0, (5, 0, 5))

@@ -50,6 +50,29 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
     assert load(file) == config
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"instances": 2, "place": "power-of-two"},
+        {"prefill": 1, "decode": 1, "preset": "kairos", "kv_transport": "inline"},
+        {"preset": "scls"},
+        {"engine": "sim", "profile": "llama-2-7b/a100-80g"},
+    ],
+)
+def test_what_is_printed_can_be_served(
+    flags: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.toml"
+    # The absent model is what stops it, after everything else has been looked at.
+    file.write_text(to_toml(load(flags={**flags, "model": str(tmp_path / "absent")})))
+    assert serve(config=file) == 2
+    said = capsys.readouterr().err
+    assert "model" in said
+    assert "absent" in said
+    assert said.count("--") == 0
+
+
 def test_keys_are_not_printed() -> None:
     config = load(environ={"PENSTOCK_API_KEYS": "secret,other"})
     assert config.http.api_keys == ("secret", "other")

@@ -75,6 +75,7 @@ class Dispatcher:
         self._next = -math.inf
         self._next_move = -math.inf
         self._batches = 0
+        self._decode_room = 0
         # Nobody in the pool can be sent before something ends or an instance comes.
         self._held = False
 
@@ -117,11 +118,13 @@ class Dispatcher:
             msg = f"instance {number} is there already"
             raise ValueError(msg)
         self._instances[number] = Instance(number, kv_tokens, role)
+        self._note_decode_room()
         self._held = False
 
     def lose(self, number: int, now: float) -> tuple[RequestId, ...]:
         """An instance is gone: all it held goes back to the pool, before those who wait."""
         instance = self._instances.pop(number)
+        self._note_decode_room()
         back = list(instance.members.values())
         waiting, self._pool = self._pool, {}
         for member in back:
@@ -283,17 +286,22 @@ class Dispatcher:
         assert self._cost is not None
         return self._cost(min(instance.kv_tokens for instance in self._instances.values()))
 
+    def _note_decode_room(self) -> None:
+        decode = [each for each in self._instances.values() if each.role is Role.DECODE]
+        # While there is none, another is expected that is like the last.
+        if decode:
+            self._decode_room = sum(instance.kv_tokens for instance in decode)
+
     def _may_begin(self, waiting: list[Member], now: float) -> list[Member]:
         """Those of these that the decode instances will have room for."""
         policy = self.policy.back_pressure
-        decode = [each for each in self._instances.values() if each.role is Role.DECODE]
-        if policy is None or not decode:
+        roles = {instance.role for instance in self._instances.values()}
+        if policy is None or roles == {Role.MIXED}:
             return waiting
         pooled = {id(member) for member in waiting}
         ahead = [member.row for member in self._members.values() if id(member) not in pooled]
-        room = sum(instance.kv_tokens for instance in decode)
         asking = [Waiting(m.request.arrival, m.request.slo.ttft, m.row) for m in waiting]
-        return [waiting[index] for index in policy.admitted(asking, ahead, room, now)]
+        return [waiting[index] for index in policy.admitted(asking, ahead, self._decode_room, now)]
 
     def _dispatch(self, members: list[Member], views: list[InstanceView]) -> list[Batch]:
         """Make batches of these and send each to one of these instances."""

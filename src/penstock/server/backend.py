@@ -49,7 +49,7 @@ def check(config: Config) -> None:
         _check_instances(config)
         return
     for name in ClusterConfig.model_fields:
-        if name in config.cluster.model_fields_set - {"instances", "prefill", "decode"}:
+        if name in config.cluster.changed - {"instances", "prefill", "decode"}:
             flag = "--" + name.replace("_", "-")
             msg = f"{flag} {getattr(config.cluster, name)}: only --instances of 2 or more has it"
             raise ConfigError(msg)
@@ -62,7 +62,7 @@ def _check_roles(config: Config) -> None:
             msg = f"--{one} {getattr(cluster, one)}: it needs --{other} of 1 or more as well"
             raise ConfigError(msg)
     if not cluster.prefill:
-        if "kv_transport" in cluster.model_fields_set:
+        if "kv_transport" in cluster.changed:
             msg = f"--kv-transport {cluster.kv_transport}: only --prefill and --decode have it"
             raise ConfigError(msg)
         return

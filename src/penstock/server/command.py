@@ -108,7 +108,7 @@ def _check_sim(config: Config) -> None:
     given = config.sim
     if config.engine.engine != "sim":
         for name in ("profile", "speed"):
-            if name in given.model_fields_set:
+            if name in given.changed:
                 msg = f"--{name} {getattr(given, name)}: only --engine sim has a {name}"
                 raise ConfigError(msg)
         return
