@@ -3,7 +3,9 @@
 Two situations, each with requests that decode and requests that wait:
 
 * nothing changed: the queue's head stays deferred and nobody comes or goes;
-* steady churn: in every step one request ends and the policy decides anew.
+* churn: in every step one request in 256 ends, at least one, and another comes, so that the policy
+  decides anew.  Lengths are geometric, memory binds at about so many running requests, and the past
+  that the policy knows is of such requests alone.
 
 Run: ``python benchmarks/planning_cost.py [--json FILE]``.
 """
@@ -11,7 +13,9 @@ Run: ``python benchmarks/planning_cost.py [--json FILE]``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -28,29 +32,64 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT, CAP, BLOCK = 64, 4_000, 16
 
 
-def _scheduler(preset: str, running: int, waiting: int, *, churn: bool) -> Scheduler:
-    """A scheduler with so many requests decoding and waiting.
+def _scheduler(preset: str, running: int, waiting: int) -> Scheduler:
+    """A scheduler with so many requests decoding and waiting, of which none can start.
 
     Memory binds as under heavy load.  Past-Future forecasts that the small head of the queue
-    does not fit; the policies that look at the present need a large head for that.
+    does not fit, once those who run fill what it does not keep in reserve; the policies that look
+    at the present need a large head for that.
     """
-    held = PROMPT + (CAP if preset == "tgi" else STEPS + 8)
+    held = {"tgi": PROMPT + CAP, "vllm": PROMPT + STEPS + 8, "past-future": 1.04 * (PROMPT + CAP)}[
+        preset
+    ]
     capabilities = Capabilities(
-        kv_blocks=-(-running * held // BLOCK),
+        kv_blocks=int(running * held) // BLOCK,
         block_size=BLOCK,
-        max_batch=running if churn else running + 64,
+        max_batch=running + 64,
         max_step_tokens=max(8_192, 2 * running),
-        max_request_tokens=running * held,
+        max_request_tokens=int(running * held),
     )
     scheduler = Scheduler(capabilities, presets.build(preset, seed=1))
     for index in range(running):
         scheduler.add(Request(f"run-{index}", PROMPT, CAP, 0.0))
         if index % 64 == 63 or index == running - 1:
             _confirm(scheduler, _plan(scheduler))
-    prompt = PROMPT if churn or preset == "past-future" else running * held - CAP
+    prompt = PROMPT if preset == "past-future" else int(running * held) - CAP
     for index in range(waiting):
         scheduler.add(Request(f"wait-{index}", prompt, CAP, 1.0))
     return scheduler
+
+
+class _Churn:
+    """A scheduler of which some requests end in every step, and as many come."""
+
+    def __init__(self, preset: str, running: int, waiting: int) -> None:
+        self._ends = max(1, running // 256)
+        self._random = random.Random(1)
+        # What a request holds on average, at a random moment of its life.
+        held = PROMPT + (CAP if preset == "tgi" else running // self._ends)
+        capabilities = Capabilities(
+            kv_blocks=-(-running * held // BLOCK),
+            block_size=BLOCK,
+            max_batch=2 * running,
+            max_step_tokens=max(8_192, 2 * running),
+            max_request_tokens=PROMPT + CAP,
+        )
+        self.scheduler = Scheduler(capabilities, presets.build(preset, seed=1))
+        self._names = itertools.count()
+        self.come(waiting + running)
+        while self.scheduler.stats(2.0).waiting > waiting:
+            self.end(_plan(self.scheduler))
+
+    def come(self, count: int) -> None:
+        """So many more wait."""
+        for _ in range(count):
+            self.scheduler.add(Request(f"r{next(self._names)}", PROMPT, CAP, 1.0))
+
+    def end(self, plan: StepPlan) -> int:
+        """End some requests with this plan; returns how many did."""
+        count = min(self._ends, len(plan.decode))
+        return _confirm(self.scheduler, plan, tuple(self._random.sample(plan.decode, count)))
 
 
 def _plan(scheduler: Scheduler) -> StepPlan:
@@ -59,29 +98,34 @@ def _plan(scheduler: Scheduler) -> StepPlan:
     return plan
 
 
-def _confirm(scheduler: Scheduler, plan: StepPlan, stopped: tuple[str, ...] = ()) -> None:
+def _confirm(scheduler: Scheduler, plan: StepPlan, stopped: tuple[str, ...] = ()) -> int:
     ends = dict.fromkeys(stopped, ())
     scheduler.confirm(StepResult(plan.number, 0.0, {}, ends))
-    scheduler.take_ended()
+    return len(scheduler.take_ended())
 
 
 def measure(preset: str, running: int, waiting: int, *, churn: bool) -> dict[str, float]:
     """Seconds per plan (and confirmation) over many steps, in microseconds."""
-    scheduler = _scheduler(preset, running, waiting, churn=churn)
     steps = STEPS if running < 4_096 else STEPS // 4
-    plans, confirms = [], []
-    for step in range(steps):
+    there = _Churn(preset, running, waiting) if churn else None
+    scheduler = there.scheduler if there else _scheduler(preset, running, waiting)
+    plans, confirms, decoding = [], [], []
+    # The window of past lengths holds 1,000, so that many must have ended.
+    for step in range(-1_000 if churn else 0, steps):
         began = time.perf_counter()
         plan = _plan(scheduler)
         planned = time.perf_counter()
-        stopped = plan.decode[:1] if churn else ()
-        _confirm(scheduler, plan, stopped)
-        confirms.append((time.perf_counter() - planned) * 1e6)
-        if churn:
-            scheduler.add(Request(f"new-{step}", PROMPT, CAP, 1.0))
-        plans.append((planned - began) * 1e6)
+        if there is None:
+            _confirm(scheduler, plan)
+        else:
+            there.come(there.end(plan))
+        if step >= 0:
+            confirms.append((time.perf_counter() - planned) * 1e6)
+            plans.append((planned - began) * 1e6)
+            decoding.append(len(plan.decode))
     cuts = statistics.quantiles(plans, n=100)
     return {
+        "decoding_mean": round(statistics.mean(decoding)),
         "plan_us_median": round(statistics.median(plans), 1),
         "plan_us_p99": round(cuts[98], 1),
         "confirm_us_median": round(statistics.median(confirms), 1),
@@ -101,7 +145,7 @@ def main() -> None:
                     "preset": preset,
                     "running": running,
                     "waiting": waiting,
-                    "situation": "one ends per step" if churn else "nothing changes",
+                    "situation": "churn" if churn else "nothing changes",
                     **measure(preset, running, waiting, churn=churn),
                 }
                 rows.append(row)

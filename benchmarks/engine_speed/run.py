@@ -109,7 +109,9 @@ def write(outcome: dict[str, Any]) -> None:
     """Store what has been measured so far."""
     outcome["load_average_at_end"] = os.getloadavg()[2]
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"engine_speed_{outcome['dtype']}"
+    # Results on the two kinds of CPU stand side by side: their matrix rates differ by eight.
+    amx = "_amx" if "amx_bf16" in outcome["machine"].get("Flags", "").split() else ""
+    stem = RESULTS / f"engine_speed_{outcome['dtype']}{amx}"
     stem.with_suffix(".json").write_text(json.dumps(outcome, indent=1) + "\n")
     stem.with_suffix(".md").write_text(report.markdown(outcome))
 
