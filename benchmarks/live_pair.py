@@ -37,21 +37,21 @@ def wait_for_both(url: str) -> None:
 
 
 def record(steps: Path, serving: Sequence[str], load: Sequence[str]) -> None:
-    """Steps of one engine, beside another one that works as much.
+    """Steps of two live instances under a load, into a file for each.
+
+    What a step takes depends on all else that the machine does, the front and the clients among it.
 
     Args:
-        steps: the file that they are added to.
-        serving: what to write after ``penstock serve``, for each of the two.
-        load: what to write after ``penstock bench``, for each of them.
-
-    Raises:
-        CalledProcessError: a client failed.
+        steps: the files' stem; what they hold is added to.
+        serving: what to write after ``penstock serve``.
+        load: what to write after ``penstock bench``.
     """
-    command = [sys.executable, "-m", "penstock.cli", "bench", *load, "--url"]
-    with serve([*serving, "--record-steps", str(steps)]) as one, serve([*serving]) as other:
-        both = [
-            subprocess.Popen([*command, url], stdout=subprocess.DEVNULL) for url in (one, other)
-        ]
-        for process in both:
-            if process.wait():
-                raise subprocess.CalledProcessError(process.returncode, command)
+    with serve([*serving, "--record-steps", str(steps)]) as url:
+        wait_for_both(url)
+        penstock("bench", *load, "--url", url)
+
+
+def fit(steps: Path, profile: Path) -> None:
+    """Make a profile of what :func:`record` left."""
+    files = [word for number in (0, 1) for word in ("--steps", f"{steps}.{number}")]
+    penstock("profile", str(profile), *files)

@@ -9,7 +9,6 @@ import asyncio
 import os
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ PATIENCE = 0.8
 RETRIES = 1000  # the artifact retries without end; a cell's time is what ends it
 WINDOW = 200
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = Path(tempfile.gettempdir()) / f"penstock-{model.NAME}"
+MODEL = model.M14.folder
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def main(
     """
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    model.build(MODEL)
+    model.build()
     setting = _setting(out, seconds, warmup, threads)
     book = Book(out / "cells.jsonl", msgspec.json.encode(setting).decode())
     chosen = [load for load in LOADS if not loads or load.name in loads]

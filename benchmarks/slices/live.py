@@ -2,11 +2,13 @@
 
     python benchmarks/slices/live.py [--trials N]
 
-Each preset serves the same requests on two instances of a random Llama of 14 million parameters,
+Each preset serves the same requests on two instances of a random Llama of 32 million parameters,
 one CPU thread each, driven by ``penstock bench`` in an open loop: lengths of ShareGPT over 8, ended
 at their true lengths by the server's test hook, which no policy sees.  ``penstock simulate`` then
 replays the same requests with step times that were recorded under *another* load, before and
-after.  Compared are the ranking by mean response, mean, median and p90 response, and throughput.
+after.  The rate is set once for the machine: the first at which the simulator has ``sls`` produce
+less than 90 % of what ``past-future`` does.  Compared are the ranking by mean response, mean,
+median and p90 response, and throughput.
 
 Expected, written before it was measured: the same ranking; response times within 10 % for presets
 that keep up, more for those that fall behind, whose response times add up every error.
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "past_future_live"))
 
 import model
-from live_pair import penstock, record, wait_for_both
+from live_pair import fit, penstock, record, wait_for_both
 
 from penstock.bench.local import revision, serve
 from penstock.bench.result import machine
@@ -41,15 +43,15 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 LOAD = ("--lengths", "sharegpt", "--scale", "0.125", "--cap", "160")
 KV_TOKENS = 16_384
-COUNT, RATE = 400, 8.0
+COUNT = 400
 OTHER = ("--requests", "80", "--rate", "5", "--seed", "99")
 
 
-def serving(preset: str, instances: int, *more: str) -> list[str]:
+def serving(preset: str, *more: str) -> list[str]:
     """What to write after ``penstock serve``."""
     words = [
-        str(model.build(Path(tempfile.gettempdir()) / f"penstock-{model.NAME}")),
-        "--instances", str(instances), "--threads", "1", "--preset", preset,
+        str(model.build(model.M32)),
+        "--instances", "2", "--threads", "1", "--preset", preset,
         "--kv-tokens", str(KV_TOKENS), "--dtype", "float32", "--no-prefix-cache",
         "--max-waiting", "0", "--max-waiting-tokens", "0", "--trace-lengths",
     ]  # fmt: skip
@@ -60,7 +62,7 @@ def serving(preset: str, instances: int, *more: str) -> list[str]:
 
 def drive(preset: str, words: tuple[str, ...]) -> dict[str, Any]:
     """Serve a load live; what ``penstock bench`` says of it."""
-    with tempfile.TemporaryDirectory() as folder, serve(serving(preset, 2)) as url:
+    with tempfile.TemporaryDirectory() as folder, serve(serving(preset)) as url:
         wait_for_both(url)
         out = Path(folder) / "bench.json"
         penstock("bench", "--url", url, *LOAD, *words, "--json", str(out))
@@ -96,21 +98,41 @@ def numbers(found: dict[str, Any]) -> dict[str, float]:
     return {"mean": e2e["mean"], "p50": e2e["p50"], "p90": e2e["p90"], "throughput": throughput}
 
 
-def one_trial(seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Every preset once, live and simulated, between two recordings of steps."""
-    words = ("--requests", str(COUNT), "--rate", f"{RATE:g}", "--seed", str(seed))
+def calibrate() -> str:
+    """Requests per second, for this machine."""
     with tempfile.TemporaryDirectory() as folder:
         steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
-        record(steps, serving("past-future", 1), (*LOAD, *OTHER))
-        live = {preset: drive(preset, words) for preset in PRESETS}
-        record(steps, serving("past-future", 1), (*LOAD, *OTHER))
-        penstock("profile", str(profile), "--steps", str(steps))
+        record(steps, serving("past-future"), (*LOAD, *OTHER))
+        fit(steps, profile)
+        for rate in range(2, 60):
+            words = ("--requests", str(COUNT), "--rate", str(rate), "--seed", "0")
+            done = {
+                preset: numbers(predict(preset, profile, words))["throughput"]
+                for preset in ("sls", "past-future")
+            }
+            if done["sls"] < 0.9 * done["past-future"]:
+                return str(rate)
+    msg = "sls keeps up at 60 requests a second: this study is too light for this machine"
+    raise SystemExit(msg)
+
+
+def one_trial(seed: int, rate: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Every preset once, live and simulated, between two recordings of steps."""
+    words = ("--requests", str(COUNT), "--rate", rate, "--seed", str(seed))
+    with tempfile.TemporaryDirectory() as folder:
+        steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
+        record(steps, serving("past-future"), (*LOAD, *OTHER))
+        # Whoever comes first or last would always meet the same moods of the machine.
+        turns = [list(PRESETS)[(seed + place) % len(PRESETS)] for place in range(len(PRESETS))]
+        live = {preset: drive(preset, words) for preset in turns}
+        record(steps, serving("past-future"), (*LOAD, *OTHER))
+        fit(steps, profile)
         return {
             preset: {
-                "live": numbers(found),
+                "live": numbers(live[preset]),
                 "simulated": numbers(predict(preset, profile, words)),
             }
-            for preset, found in live.items()
+            for preset in PRESETS
         }
 
 
@@ -119,7 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=3)
     arguments = parser.parse_args()
-    trials = [one_trial(seed) for seed in range(arguments.trials)]
+    rate = calibrate()
+    print(f"{rate} requests per second", file=sys.stderr, flush=True)
+    trials = [one_trial(seed, rate) for seed in range(arguments.trials)]
     rows = {
         preset: {
             side: {
@@ -140,9 +164,10 @@ def main() -> None:
         print(side, sorted(rows, key=lambda preset: rows[preset][side]["mean"]))
     RESULTS.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": "python benchmarks/slices/live.py",
+        "command": f"python benchmarks/slices/live.py --trials {arguments.trials}",
         "commit": revision(ROOT),
         "machine": machine(),
+        "rate": float(rate),
         "medians": rows,
         "trials": trials,
     }

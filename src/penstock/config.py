@@ -37,13 +37,9 @@ class _Section(BaseModel):
 
         Whether a field was given is not asked: what ``penstock config`` prints gives them all.
         """
-        return {
-            name for name in self.model_fields_set if getattr(self, name) != _default(self, name)
-        }
-
-
-def _default(section: BaseModel, name: str) -> object:
-    return type(section).model_fields[name].get_default(call_default_factory=True)
+        known = type(self).model_fields.items()
+        default = {name: field.get_default(call_default_factory=True) for name, field in known}
+        return {name for name, value in default.items() if getattr(self, name) != value}
 
 
 class EngineConfig(_Section):
@@ -220,8 +216,8 @@ class BenchConfig(_Section):
     )
     record_steps: Path | None = Field(
         None,
-        description="Add what each step computed, and how long it took, to this file: see"
-        " 'penstock profile'.",
+        description="Add what each step computed, and how long it took, to this file, or to FILE.0,"
+        " FILE.1, ... of several instances: see 'penstock profile'.",
     )
 
 

@@ -8,10 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
+from penstock.sim.recording import read_steps
 from tests.server.harness import Server, wait_until
 
 pytest.importorskip("ray")
@@ -20,10 +22,17 @@ STREAMS = 24
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Server]:
+def steps_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each instance records its steps, with its number behind."""
+    return tmp_path_factory.mktemp("steps") / "steps.jsonl"
+
+
+@pytest.fixture(scope="module")
+def cluster(steps_file: Path) -> Iterator[Server]:
     """Two instances that keep time; started once, since Ray takes its own."""
     flags = ("--instances", "2", "--cpus-per-instance", "0.5", "--trace-lengths")
     flags += ("--profile", "llama-2-7b/a100-80g", "--place", "round-robin")
+    flags += ("--record-steps", str(steps_file))
     with Server(*flags, engine="sim") as server:
         wait_until(lambda: len(processes(server)) == 2, 30)
         yield server
@@ -90,6 +99,13 @@ async def test_streams_survive_kill_9(cluster: Server) -> None:
     assert cluster.metric("engine_restarts_total") == 3
     wait_until(lambda: cluster.stats()["kv_usage"] == 0)
     assert cluster.stats()["open"] == cluster.stats()["running"] == cluster.stats()["waiting"] == 0
+
+
+def test_each_instance_records_its_own_steps(cluster: Server, steps_file: Path) -> None:
+    with cluster.client() as client:
+        for _ in range(2):
+            client.completions.create(model="demo", prompt="Two pipes", max_tokens=3)
+    assert all(read_steps(Path(f"{steps_file}.{number}")) for number in (0, 1))
 
 
 def test_a_fleet_of_one_needs_no_ray() -> None:

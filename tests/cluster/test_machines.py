@@ -69,7 +69,6 @@ def test_nobody_at_the_address() -> None:
             "--parameters.slice_tokens 500: it must be at most --kv-tokens, 400",
         ),
         ({"preset": "scls", "max_request_tokens": 100}, "at most --max-request-tokens, 100"),
-        ({"instances": 2, "record_steps": "x"}, "--record-steps x: .* --instances 2"),
         ({"instances": 2, "device": "cuda"}, "--device cuda: .*--gpus-per-instance"),
         (
             {"instances": 2, "device": "cuda:1", "gpus_per_instance": 1},

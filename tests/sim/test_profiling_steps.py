@@ -31,7 +31,7 @@ def test_held_out_blocks_are_every_fifth_and_first_steps_get_the_usual_host_time
 def test_recorded_steps_become_a_profile(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps, out = tmp_path / "steps.jsonl", tmp_path / "mine.json"
+    files, out = [tmp_path / "steps.0", tmp_path / "steps.1"], tmp_path / "mine.json"
     lines = []
     for i in range(600):
         decoding, prefill = i % 20, 31 * i % 200
@@ -41,12 +41,15 @@ def test_recorded_steps_become_a_profile(
         if decoding or prefill:
             seconds = 0.9 * TRUTH.seconds(load)
             lines.append(msgspec.json.encode(StepRecord(load, seconds, seconds / 9)))
-    steps.write_bytes(b"\n".join(lines))
+    for half, file in enumerate(files):
+        file.write_bytes(b"\n".join(lines[half::2]))
     with pytest.raises(SystemExit) as left:
-        app(["profile", str(out), "--steps", str(steps)])
+        app(["profile", str(out), *(word for file in files for word in ("--steps", str(file)))])
     assert left.value.code in {None, 0}
-    assert "0.0%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0.0%" in said
     made = profiles.find(str(out))
+    assert made.source == f"{len(lines)} recorded steps"
     assert made.coefficients["step"] == pytest.approx(TRUTH.step, rel=0.01)
     assert made.error == {"held_out_mape": 0.0}
     assert isinstance(profiles.load(str(out)), Affine)

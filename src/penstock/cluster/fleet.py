@@ -124,7 +124,7 @@ class RayFleet:
     def __init__(
         self, spec: EngineSpec, instances: int, cpus: float, gpus: float, told: Told
     ) -> None:
-        self._specs = [spec] * instances
+        self._specs = [_of_instance(spec, number) for number in range(instances)]
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         self._told = told
         self._log = structlog.get_logger("penstock.cluster")
@@ -228,6 +228,13 @@ class RayFleet:
         self._specs[number] = msgspec.structs.replace(spec, options=options)
         self._log.info("instance_ready", instance=number, pid=pid, kv_tokens=event.kv_tokens)
         self._told.instance_ready(number, event)
+
+
+def _of_instance(spec: EngineSpec, number: int) -> EngineSpec:
+    """An instance's own: steps are recorded in a file for each."""
+    if not spec.record_steps:
+        return spec
+    return msgspec.structs.replace(spec, record_steps=f"{spec.record_steps}.{number}")
 
 
 def _first_line(error: Exception) -> str:

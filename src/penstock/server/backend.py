@@ -108,12 +108,6 @@ def _check_instances(config: Config) -> None:
     if importlib.util.find_spec("ray") is None:
         msg = f"{cluster.asked} needs Ray: pip install 'penstock[ray]'"
         raise ConfigError(msg)
-    if config.bench.record_steps is not None:
-        msg = (
-            f"--record-steps {config.bench.record_steps}: steps of one engine are recorded, not of"
-            f" {cluster.asked}"
-        )
-        raise ConfigError(msg)
     if engine.engine != "native" or not engine.device.startswith("cuda"):
         return
     if not cluster.gpus_per_instance:

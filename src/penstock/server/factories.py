@@ -82,7 +82,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             eos_ids=text.eos_ids if simulated else (),
             profile=config.sim.profile or "",
             speed=config.sim.speed,
-            record_steps=str(config.bench.record_steps or ""),
+            # Instances have another working directory.
+            record_steps=str(config.bench.record_steps.absolute())
+            if config.bench.record_steps
+            else "",
         )
 
 

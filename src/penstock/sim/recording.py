@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -142,7 +142,8 @@ class StepFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[bytes] = path.open("ab")
+        # Unbuffered: a process that is killed leaves whole lines.
+        self._file = path.open("ab", buffering=0)
         self._encode = msgspec.json.Encoder().encode
 
     def add(self, step: StepRecord) -> None:

@@ -61,7 +61,7 @@ class ProbeOptions:
 def profile(
     out: Path,
     *,
-    steps: Path | None = None,
+    steps: tuple[Path, ...] = (),
     name: str | None = None,
     probing: ProbeOptions | None = None,
 ) -> int:
@@ -71,14 +71,15 @@ def profile(
 
     Args:
         out: The file to write, for --profile.
-        steps: Fit the steps of this file ('penstock serve --record-steps') instead of probing.
+        steps: Fit the steps of this file ('penstock serve --record-steps') instead of probing; of
+            several instances, give the option once for each file.
         name: What the profile is called; by default the file's name.
         probing: What is probed.
     """
     probing = probing or ProbeOptions()
     title = name or out.stem
     try:
-        if steps is not None:
+        if steps:
             return _from_steps(out, steps, title)
         target, grid, tokens = _checked(probing)
     except (ValueError, OSError) as error:
@@ -93,10 +94,11 @@ def profile(
     return _write(out, title, done.model, source, done.held_out_error, _endpoint_words(done))
 
 
-def _from_steps(out: Path, steps: Path, title: str) -> int:
-    recorded = read_steps(steps)
+def _from_steps(out: Path, steps: Sequence[Path], title: str) -> int:
+    recorded = [step for file in steps for step in read_steps(file)]
     if len(recorded) < _FEWEST_STEPS:
-        msg = f"--steps {steps}: it has {len(recorded)} steps; at least {_FEWEST_STEPS} are needed"
+        files = ", ".join(map(str, steps))
+        msg = f"--steps {files}: it has {len(recorded)} steps; at least {_FEWEST_STEPS} are needed"
         raise ValueError(msg)
     fitted, held_out = split(samples_of(recorded))
     model = fit_steps(fitted)
