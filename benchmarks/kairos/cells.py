@@ -40,7 +40,7 @@ TESTBED = str(HERE / "testbed.json")
 CAP = 4096
 LONG = 32_768
 BUCKETS = ((0, 2_048), (2_048, 8_192), (8_192, LONG), (LONG, 1 << 20))
-LINK = Link(126_976, 450e9, 1e-3)
+KV_BYTES, LINK_LATENCY = 126_976, 1e-3
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Cell:
         noise: sigma of a lognormal factor on every step's time, which no policy foresees.
         straggler: whether a request comes first that nobody can serve as promised.
         back_pressure: factor; 0: none.
+        bandwidth: of the link into a decode instance, in GB/s.
+        stream: KV crosses it chunk by chunk.
     """
 
     load: str
@@ -74,6 +76,8 @@ class Cell:
     noise: float = 0.0
     straggler: bool = False
     back_pressure: float = 0.0
+    bandwidth: float = 450.0
+    stream: bool = False
 
 
 class Noisy:
@@ -171,7 +175,8 @@ def simulate(cell: Cell, spent: list[float]) -> ClusterRun:
         lambda number: policy_of(cell, number, model, spent),
         latency,
         Dispatcher(dispatch),
-        link=LINK,
+        link=Link(KV_BYTES, cell.bandwidth * 1e9, LINK_LATENCY),
+        stream=cell.stream,
     )
 
 

@@ -132,8 +132,11 @@ def one_trial(seed: int, given: tuple[str, ...]) -> dict[str, dict[str, dict[str
             for preset in PRESETS
         }
     for preset, sides in found.items():
-        both = " ".join(f"{side} {kept['both']:.1f}" for side, kept in sides.items())
-        print(f"trial {seed}, {preset}: {both}", file=sys.stderr, flush=True)
+        words = "; ".join(
+            side + " " + ", ".join(f"{key} {value:.1f}" for key, value in kept.items())
+            for side, kept in sides.items()
+        )
+        print(f"trial {seed}, {preset}: {words}", file=sys.stderr, flush=True)
     return found
 
 

@@ -45,6 +45,7 @@ def write(folder: Path, about: dict[str, Any], cells: Cells) -> None:
         ),
         _section(cells, "Ablation", "ablation/", _row),
         _section(cells, "One hopeless straggler", "straggler/", _row),
+        _section(cells, "Links, 2.8 requests/s", "link/", _row),
         _section(cells, "Prefill : decode instances, 1.5 requests/s each", "ratio/", _row),
     ]
     text = "\n\n".join(part for part in parts if part)

@@ -109,6 +109,18 @@ def others() -> Iterator[tuple[str, Cell]]:
             )
 
 
+def links() -> Iterator[tuple[str, Cell]]:
+    """Slower links between the two, with KV at the end of a prefill, and chunk by chunk."""
+    for preset in ("distserve", "kairos"):
+        for bandwidth in (450.0, 25.0, 5.0, 2.0):
+            for stream in (False, True):
+                how = "chunk by chunk" if stream else "at the end"
+                yield (
+                    f"link/{bandwidth:g} GB per s, {how}/{preset}",
+                    Cell("synthetic", 2.8, preset, bandwidth=bandwidth, stream=stream),
+                )
+
+
 def averaged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, of numbers and of tables of numbers."""
     found: dict[str, Any] = {"cell": rows[0]["cell"]}
@@ -130,7 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     trace = None if arguments.mooncake is None else str(arguments.mooncake)
     began = time.perf_counter()
-    cells = [*sweep(trace), *sensitivity(), *ablation(), *others()]
+    cells = [*sweep(trace), *sensitivity(), *ablation(), *others(), *links()]
     seeded = [
         (name, replace(cell, seed=seed))
         for name, cell in cells

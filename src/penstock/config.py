@@ -64,7 +64,7 @@ class EngineConfig(_Section):
     max_request_tokens: int | None = Field(
         None,
         ge=2,
-        description="Most prompt plus output tokens of a request; by default the model's.",
+        description="Most prompt plus output tokens; by default the model's.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of weights and KV."
@@ -85,9 +85,7 @@ class SimConfig(_Section):
     """The machine that ``--engine sim`` stands for."""
 
     profile: str | None = Field(
-        None,
-        description="Step times of the simulated engine: the name of a model and GPU, or a"
-        " profile's file.",
+        None, description="Step times of the simulated engine: a MODEL/GPU, or a profile's file."
     )
     speed: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="The simulated engine is so many times faster."
@@ -134,6 +132,7 @@ class ClusterConfig(_Section):
         "object-store",
         description="What carries KV from one to another: Ray's object store, or the messages.",
     )
+    stream_kv: bool = Field(False, description="KV goes over after each prompt chunk.")
     place: str | None = Field(
         None,
         description="Which instance takes a request, instead of the preset's answer: round-robin,"
@@ -216,8 +215,8 @@ class BenchConfig(_Section):
     )
     record_steps: Path | None = Field(
         None,
-        description="Add what each step computed, and how long it took, to this file, or to FILE.0,"
-        " FILE.1, ... of several instances: see 'penstock profile'.",
+        description="Add what each step computed and took to this file (several instances: FILE.0,"
+        " FILE.1, ...): see 'penstock profile'.",
     )
 
 

@@ -66,9 +66,9 @@ class HandInstance:
         self.desk = Desk(kv_codec("scripted"), Inline())
         self.loop = EngineLoop(self.runtime, self.pipe, self.prices, self.desk)
 
-    def deliver(self, name: str, parcel: Parcel) -> None:
+    def deliver(self, name: str, parcels: Sequence[Parcel]) -> None:
         """What the actor does with KV that comes with a request."""
-        for _ in self.desk.deliver(name, parcel).__await__():
+        for _ in self.desk.deliver(name, parcels).__await__():
             raise AssertionError
 
 
@@ -127,29 +127,40 @@ class Hall:
         preset: str = "past-future",
         place: str | None = None,
         roles: Sequence[Role] = (),
+        *,
+        stream_kv: bool = False,
         **given: float,
     ) -> None:
         self.fleet: Fleet = build_fleet(preset, place=place, parameters=given)
         self.client = Client()
-        self.front = Front(self.fleet.dispatch, self.client, self.client, roles)
+        self.front = Front(
+            self.fleet.dispatch, self.client, self.client, roles, stream_kv=stream_kv
+        )
         self.front.attach(self)
         self.live: dict[int, HandInstance] = {}
         self.loses_kv = 0
         self.sent: list[tuple[int, Command]] = []
+        self.ahead: list[tuple[int, Parcel]] = []
+        self.parts: dict[str, int] = {}
 
     async def run(self) -> None:
         raise AssertionError
 
-    def send(self, number: int, command: Command, parcel: Parcel = None) -> None:
+    def send_ahead(self, number: int, parcel: Parcel) -> None:
+        assert number in self.live
+        self.ahead.append((number, parcel))
+
+    def send(self, number: int, command: Command, parcels: Sequence[Parcel] = ()) -> None:
         self.sent.append((number, command))
         instance = self.live[number]
-        if isinstance(command, Add) and parcel is not None:
+        if isinstance(command, Add) and parcels:
+            self.parts[command.id] = len(parcels)
             if self.loses_kv:
                 self.loses_kv -= 1
                 instance.pipe.events.append(Missed(command.id, "its sender died"))
                 return
-            instance.deliver(command.id, parcel)
-            instance.pipe.events.append(Brought(command.id, len(parcel)))
+            instance.deliver(command.id, parcels)
+            instance.pipe.events.append(Brought(command.id, sum(map(len, parcels))))
         instance.pipe.commands.append(command)
 
     def start(self, number: int) -> HandInstance:

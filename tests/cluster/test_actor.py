@@ -45,7 +45,7 @@ async def test_it_loads_serves_and_closes() -> None:
     arrival = time.monotonic() - 5000.0  # a clock that has nothing to do with this one
     request = Request("a", 3, 20, arrival)
     add = Add.pack(request, Work([1, 2, 3], trace_length=6))
-    await instance.submit([msgspec.msgpack.encode(add)], arrival + 1.0, {})
+    await instance.submit([msgspec.msgpack.encode(add)], arrival + 1.0, {}, [])
     tokens, ended = [], []
     while not ended:
         for event in map(decode, (await instance.poll())[0]):
@@ -58,20 +58,21 @@ async def test_it_loads_serves_and_closes() -> None:
     await asyncio.wait_for(instance.close(), 5)
 
 
-async def news(instance: Instance) -> tuple[list[Event], dict[str, Packed]]:
+async def news(instance: Instance) -> tuple[list[Event], dict[str, list[Packed]]]:
     raw, packed = await instance.poll()
     return [decode(one) for one in raw], packed
 
 
-async def run_to_end(instance: Instance) -> tuple[list[int], dict[str, Packed], list[Event]]:
+async def run_to_end(instance: Instance) -> tuple[list[int], dict[str, list[Packed]], list[Event]]:
     """Tokens until a request's end, the KV that it left, and what else was said."""
     tokens: list[int] = []
-    left: dict[str, Packed] = {}
+    left: dict[str, list[Packed]] = {}
     said: list[Event] = []
     ended = False
     while not ended:
         events, packed = await asyncio.wait_for(news(instance), 10)
-        left |= packed
+        for slice_id, parts in packed.items():
+            left.setdefault(slice_id, []).extend(parts)
         for event in events:
             if isinstance(event, Step):
                 tokens += event.tokens.values()
@@ -89,24 +90,25 @@ async def test_one_actor_goes_on_where_another_ended() -> None:
         await instance.load()
         await instance.poll()
     now = time.monotonic()
-    work = Work([1, 2, 3], trace_length=6)
-    first = Add.pack(Request("a", 3, 1, now), work._replace(keep_kv=True))
-    whole = Add.pack(Request("b", 3, 20, now), work)
-    await one.submit([msgspec.msgpack.encode(first)], now, {})
+    work = Work(list(range(40)), trace_length=6)
+    # 32 tokens in the first step, whose KV goes ahead.
+    first = Add.pack(Request("a", 40, 1, now), work._replace(keep_kv=True, stream_kv=True))
+    whole = Add.pack(Request("b", 40, 20, now), work)
+    await one.submit([msgspec.msgpack.encode(first)], now, {}, [])
     begun, left, _ = await run_to_end(one)
     assert set(left) == {"a"}
-    assert left["a"].size > 0
-    await one.submit([msgspec.msgpack.encode(whole)], now, {})
+    assert [part.last for part in left["a"]] == [False, True]
+    await one.submit([msgspec.msgpack.encode(whole)], now, {}, [])
     expected, nothing, _ = await run_to_end(one)
     assert nothing == {}
-    rest = Request("a~1", 3, 20, now, generated=1, computed=3, first_token=now)
+    rest = Request("a~1", 40, 20, now, generated=1, computed=40, first_token=now)
     add = msgspec.msgpack.encode(Add.pack(rest, work._replace(generated=begun)))
-    await other.submit([add], now, {"a~1": left["a"].parcel})
+    await other.submit([add], now, {"a~1": [part.parcel for part in left["a"]]}, [])
     ended, _, said = await run_to_end(other)
     assert begun + ended == expected
-    assert said == [Brought("a~1", left["a"].size)]
+    assert said == [Brought("a~1", sum(part.size for part in left["a"]))]
     broken = msgspec.msgpack.encode(Add.pack(rest, work._replace(generated=begun)))
-    await other.submit([broken], now, {"a~1": b"not KV"})
+    await other.submit([broken], now, {"a~1": [b"not KV"]}, [])
     _, _, said = await run_to_end(other)
     assert isinstance(said[0], Missed)
     for instance in (one, other):
@@ -125,7 +127,7 @@ async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
     pipe = CallPipe(Desk(kv_codec("scripted"), Never()))
     rest = Request("a", 3, 20, 0.0, generated=1, computed=3)
     add = Add.pack(rest, Work([1, 2, 3], generated=[4]))
-    pipe.put([msgspec.msgpack.encode(add)], 0.0, {"a": b"x"})
+    pipe.put([msgspec.msgpack.encode(add)], 0.0, {"a": [b"x"]})
     await asyncio.sleep(0)
     assert pipe.receive() is None
     pipe.put([msgspec.msgpack.encode(Cancel("a", FinishReason.CANCELLED))])

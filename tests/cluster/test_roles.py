@@ -41,6 +41,46 @@ def test_a_request_is_prefilled_here_and_decoded_there() -> None:
     asyncio.run(story())
 
 
+def test_kv_goes_ahead_chunk_by_chunk() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES, stream_kv=True)
+        for number in (0, 1, 2):
+            hall.start(number)
+        work = hall.ask("r", 12, range(70), trace=10)
+        while len(hall.ahead) < 2:
+            await asyncio.sleep(0.001)
+            hall.turn(0)
+        assert not hall.client.tokens, "its prefill goes on"
+        (to,) = {number for number, _ in hall.ahead}
+        await finish(hall)
+        hall.check_all({"r": (work, 12)})
+        assert hall.adds()[-1][0] == to
+        # Three chunks of at most 32 tokens, the last with the end.
+        assert (len(hall.ahead), hall.parts) == (2, {"r~1": 3})
+        assert hall.front._parcels == {}
+
+    asyncio.run(story())
+
+
+def test_kv_that_went_ahead_to_a_dead_instance_goes_to_another() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES, stream_kv=True)
+        for number in (0, 1, 2):
+            hall.start(number)
+        work = hall.ask("r", 12, range(70), trace=10)
+        while not hall.ahead:
+            await asyncio.sleep(0.001)
+            hall.turn(0)
+        dead = hall.ahead[0][0]
+        hall.kill(dead)
+        await finish(hall)
+        hall.check_all({"r": (work, 12)})
+        assert [number for number, _ in hall.adds()] == [0, 3 - dead]
+        assert hall.parts == {"r~1": 3}
+
+    asyncio.run(story())
+
+
 def test_kv_that_does_not_arrive_is_computed_again() -> None:
     async def story() -> None:
         hall = Hall("distserve", roles=ROLES)
@@ -60,20 +100,22 @@ def test_kv_that_does_not_arrive_is_computed_again() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     preset=st.sampled_from(["distserve", "kairos-literal", "kairos", "past-future"]),
+    stream=st.booleans(),
     seed=st.integers(0, 1 << 20),
 )
-def test_texts_are_as_if_nothing_had_happened(preset: str, seed: int) -> None:
+def test_texts_are_as_if_nothing_had_happened(preset: str, stream: bool, seed: int) -> None:
     """Random loads, deaths of either role, lost KV: every token once, and no memory in use."""
 
     async def story() -> None:
         draw = random.Random(seed)
-        hall = Hall(preset, roles=(Role.PREFILL, Role.DECODE, Role.DECODE, Role.PREFILL))
+        roles = (Role.PREFILL, Role.DECODE, Role.DECODE, Role.PREFILL)
+        hall = Hall(preset, roles=roles, stream_kv=stream)
         for number in range(3):
             hall.start(number)
         works = {}
         for n in range(12):
             cap = draw.randint(1, 40)
-            prompt = [draw.randrange(256) for _ in range(draw.randint(1, 20))]
+            prompt = [draw.randrange(256) for _ in range(draw.randint(1, 90))]
             works[f"r{n}"] = (hall.ask(f"r{n}", cap, prompt), cap)
         for _ in range(60):
             await asyncio.sleep(0)
@@ -110,6 +152,7 @@ def test_texts_are_as_if_nothing_had_happened(preset: str, seed: int) -> None:
         ),
         ({"prefill": 1, "decode": 1}, "scls", "--preset scls: slices go without roles"),
         ({"instances": 2, "kv_transport": "inline"}, "vllm", "--kv-transport inline: only"),
+        ({"instances": 2, "stream_kv": True}, "vllm", "--stream-kv True: only"),
     ],
 )
 def test_what_does_not_go_together(cluster: dict[str, object], preset: str, message: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -299,6 +300,37 @@ def _kv(desk: Desk) -> KV:
     return kv
 
 
+def hands_its_kv_over_in_parts(engine: Engine) -> None:
+    """After each chunk, cut anywhere, and the rest at the end."""
+    desk = Desk(engine)
+    desk.open("whole", PROMPT, 9)
+    desk.enter("whole")
+    desk.finish("whole")
+    desk.leave("whole")
+    whole, size = desk.texts["whole"], len(PROMPT)
+    desk.open("from", PROMPT, 9)
+    assert desk.engine.take_kv("from", 0, 3) is None, "it has not started"
+    desk.step(starts=[Start("from", size, ())], chunks=[Chunk("from", 0, 5, samples=False)])
+    parts = [desk.engine.take_kv("from", 0, 3), desk.engine.take_kv("from", 3, 5)]
+    desk.step(chunks=[Chunk("from", 5, size - 5, samples=True)])
+    parts.append(desk.engine.take_kv("from", 5, 9))
+    desk.step(decode=("from",))
+    parts.append(desk.engine.take_kv("from", 9))
+    desk.leave("from")
+    assert desk.engine.take_kv("from", 0, 3) is None, "it has left"
+    there = [part for part in parts if part is not None]
+    assert [part.tokens for part in there] == [3, 2, 4, size + 1 - 9]
+    kv: Any = type(there[0])
+    desk.open("to", PROMPT, 9, whole[:2], kv=kv.join(there))
+    desk.step(
+        starts=[Start("to", size + 2, (), size + 1)],
+        chunks=[Chunk("to", size + 1, 1, samples=True)],
+    )
+    desk.finish("to")
+    assert desk.texts["to"] == whole
+    desk.leave("to")
+
+
 def hands_its_kv_over(engine: Engine) -> None:
     desk = Desk(engine)
     desk.open("whole", PROMPT, 9)
@@ -417,6 +449,7 @@ CHECKS: tuple[Callable[[Engine], None], ...] = (
     recomputes_after_an_eviction,
     goes_on_with_what_came_elsewhere,
     hands_its_kv_over,
+    hands_its_kv_over_in_parts,
     refuses_kv_of_more_than_a_request_has,
     shares_published_blocks,
     shares_blocks_that_a_stopped_request_leaves,

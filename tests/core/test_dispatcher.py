@@ -51,6 +51,9 @@ class Machine(RuleBasedStateMachine):
         self.known: dict[str, int] = {}
         self.up: dict[int, Role] = {}
         self.in_hand: set[str] = set()
+        # Where KV goes ahead, by slice, and where requests with it must then go.
+        self.bound: dict[str, int] = {}
+        self.expected: dict[str, int] = {}
         self.started = False
 
     @precondition(lambda self: not self.started)
@@ -90,6 +93,9 @@ class Machine(RuleBasedStateMachine):
             self.up[number] = role
             return
         del self.up[number]
+        for kept in (self.bound, self.expected):
+            for name in [name for name, where in kept.items() if where == number]:
+                del kept[name]
         lost = {
             self.dispatcher.whole(name): (name, at)
             for name, (at, _) in self.at.items()
@@ -145,6 +151,9 @@ class Machine(RuleBasedStateMachine):
             )
             if part.computed:
                 assert part.first_token is not None
+            if part.computed and self.expected.get(whole) in self.up:
+                assert batch.instance == self.expected[whole]
+            self.expected.pop(whole, None)
             self.in_hand.discard(whole)
             assert part.id not in self.at
             self.at[part.id] = (batch.instance, part)
@@ -162,6 +171,8 @@ class Machine(RuleBasedStateMachine):
             got = data.draw(st.integers(part.generated + 1, part.cap))
         kv = self.dispatcher.hands_over(name) and reason is FinishReason.LENGTH
         kv = kv and data.draw(st.booleans())
+        if kv and name in self.bound:
+            self.expected[whole] = self.bound[name]
         ended = self.dispatcher.ended(name, got, reason, self.now, kv=kv)
         if kv:
             self.in_hand.add(whole)
@@ -214,6 +225,21 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.in_hand)))
         self.dispatcher.kv_lost(name)
         self.in_hand.remove(name)
+
+    @precondition(lambda self: self.started and self.at)
+    @rule(data=st.data())
+    def bind(self, data: st.DataObject) -> None:
+        """KV of a prompt goes ahead: to one and the same instance, as long as that is there."""
+        able = [name for name in sorted(self.at) if self.dispatcher.hands_over(name)]
+        if not able:
+            return
+        name = data.draw(st.sampled_from(able))
+        where = self.dispatcher.bind(name)
+        decode = {number for number, role in self.up.items() if role is Role.DECODE}
+        assert (where in decode) if decode else where is None
+        assert self.dispatcher.bind(name) == where
+        if where is not None:
+            self.bound[name] = where
 
     @precondition(lambda self: self.started and self.at)
     @rule(data=st.data())

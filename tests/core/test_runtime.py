@@ -19,6 +19,7 @@ from penstock.core.types import (
     StepResult,
 )
 from penstock.testing import ScriptedEngine
+from penstock.testing.scripted import ScriptedKV
 from tests.core.drive import Clock, capabilities
 
 
@@ -48,8 +49,13 @@ class Turned:
         self.reasons: dict[str, FinishReason] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, name: str, prompt: int, cap: int, length: int, **slo: float) -> Work:
-        work = Work(tuple(range(prompt)), trace_length=length)
+    def add(
+        self, name: str, prompt: int, cap: int, length: int, *, hands_over: bool = False,
+        **slo: float,
+    ) -> Work:  # fmt: skip
+        work = Work(
+            tuple(range(prompt)), trace_length=length, keep_kv=hands_over, stream_kv=hands_over
+        )
         on_miss = OnMiss.EXPIRE if slo else OnMiss.KEEP
         request = Request(name, prompt, cap, self.clock.now, slo=SLO(**slo), on_miss=on_miss)
         self.runtime.add(request, work)
@@ -208,3 +214,36 @@ def test_the_time_of_planning_is_measured_on_the_given_clock() -> None:
     assert first is not None
     assert second is not None
     assert (first.planning, second.planning) == (0.5, 0.25)
+
+
+@DEPTHS
+@pytest.mark.parametrize("others", [0, 3])
+def test_kv_goes_ahead_chunk_by_chunk(depth: int, others: int) -> None:
+    """And once only, also if its owner is evicted and computes it again."""
+    machine = capabilities(depth=depth, kv_blocks=20, block_size=4, max_batch=8, max_step_tokens=10)
+    turned = Turned(machine)
+    for number in range(others):
+        turned.add(f"other-{number}", 3, 70, 26)
+    work = turned.add("goes", 50, 6, 20, hands_over=True)
+    parts, sizes, evictions = [], [], 0
+    for _ in range(300):
+        output = turned.step()
+        if output is None:
+            break
+        for name, part in output.parts.items():
+            assert name == "goes"
+            assert isinstance(part, ScriptedKV)
+            parts.append(part)
+            sizes.append(part.tokens)
+        if "goes" in output.kept:
+            rest = output.kept["goes"]
+            assert isinstance(rest, ScriptedKV)
+            parts.append(rest)
+        evictions += sum(ended.evictions for ended in output.ended if ended.id == "goes")
+    turned.finish()
+    assert turned.reasons["goes"] is FinishReason.LENGTH
+    text = turned.texts["goes"]
+    assert list(ScriptedKV.join(parts).held) == [*work.prompt, *text[:-1]]
+    assert sum(sizes) >= 50
+    assert max(sizes) <= 10
+    assert (evictions > 0) == (others > 0)

@@ -36,8 +36,9 @@ def disaggregated(
     decode: int = 1,
     link: Link | None = None,
     back_pressure: float | None = None,
+    stream: bool = False,
 ) -> ClusterRun:
-    machines = Disaggregated(prefill, decode, link, back_pressure)
+    machines = Disaggregated(prefill, decode, link, back_pressure, stream)
     return simulate_fleet(preset, OpenLoop(jobs), MACHINE, machines, FLAT, parameters={}, cap=200)
 
 
@@ -57,6 +58,20 @@ def test_one_request_by_hand() -> None:
         "hand_offs": 1, "bytes": 4000, "seconds": 4.5, "waited_s": 0.0,
         "bandwidth": pytest.approx(4000 / 4.5),
     }  # fmt: skip
+
+
+def test_kv_that_goes_ahead_by_hand() -> None:
+    """150 tokens of prompt in steps of 64, 64 and 22: only the last 22 cross after the prefill."""
+    job, link = Job("r", 0.0, 150, 5, 200), Link(100, 100_000.0, 0.02)
+    at_once = disaggregated([job], link=link).records[0]
+    ahead = disaggregated([job], link=link, stream=True)
+    assert at_once.latency.ttft == ahead.records[0].latency.ttft == pytest.approx(0.18)
+    assert at_once.at == pytest.approx(0.18 + 0.02 + 0.15 + 0.04)
+    # Parts of 64 tokens take 0.084 seconds each, from 0.074 on; the last one waits for them.
+    there = 0.074 + 2 * 0.084 + 0.02 + 0.022
+    assert ahead.records[0].at == pytest.approx(there + 0.04)
+    transfers = ahead.summary()["transfers"]
+    assert (transfers["hand_offs"], transfers["bytes"]) == (1, 15_000)
 
 
 def test_a_request_of_one_token_is_not_handed_over() -> None:
@@ -83,6 +98,7 @@ def test_transfers_into_an_instance_queue() -> None:
     machines=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     bandwidth=st.sampled_from([50.0, 1e4, math.inf]),
     back_pressure=st.sampled_from([None, 0.3, 1.0]),
+    stream=st.booleans(),
 )
 @settings(max_examples=15, deadline=None)
 def test_everyone_is_served_whatever_comes(
@@ -91,6 +107,8 @@ def test_everyone_is_served_whatever_comes(
     machines: tuple[int, int],
     bandwidth: float,
     back_pressure: float | None,
+    *,
+    stream: bool,
 ) -> None:
     slo = SLO(ttft=0.2, tpot=0.02)
     jobs = [
@@ -100,7 +118,7 @@ def test_everyone_is_served_whatever_comes(
     prefill, decode = machines
     done = disaggregated(
         jobs, preset, prefill=prefill, decode=decode, link=Link(1, bandwidth, 0.001),
-        back_pressure=back_pressure,
+        back_pressure=back_pressure, stream=stream,
     )  # fmt: skip
     assert {record.job.id for record in done.records} == {job.id for job in jobs}
     for record in done.records:

@@ -48,17 +48,28 @@ SPECIAL_TOKENS = tuple(range(7))  # of the included model's vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long each part takes, in seconds; ``history`` is past-future's time to learn."""
+    """How long each part takes, in seconds; ``history`` is past-future's time to learn.
+
+    ``steps``: the measured time and the history hold at least so many decode steps, unless that is
+    more than ``most`` seconds: on a slow machine less happens in the same time.
+    """
 
     presets: tuple[str, ...]
     calibration: float
     warmup: float
     measured: float
     history: float
+    steps: int
+    most: float
+
+    def lasting(self, seconds: float, slo: SLO) -> float:
+        """Seconds of a part that is to last ``seconds``, with :func:`bounds` of this machine."""
+        step = (slo.gap or 0.0) / GAP_STEPS
+        return max(seconds, min(self.steps * step, self.most))
 
 
-FULL = Plan(("oracle", "tgi", "vllm", "past-future"), 6.0, 4.0, 20.0, 20.0)
-QUICK = Plan(("tgi", "vllm", "past-future"), 3.0, 2.0, 6.0, 8.0)
+FULL = Plan(("oracle", "tgi", "vllm", "past-future"), 6.0, 4.0, 20.0, 20.0, 4000, 45.0)
+QUICK = Plan(("tgi", "vllm", "past-future"), 3.0, 2.0, 6.0, 8.0, 0, 0.0)
 
 
 def demo(
@@ -69,7 +80,7 @@ def demo(
 ) -> int:
     """Talk to the included model, then compare four schedulers on the same load.
 
-    Takes about three minutes on two cores, and writes a figure and an HTML report.
+    Takes two to five minutes on two cores, and writes a figure and an HTML report.
 
     Args:
         quick: Under a minute: without the oracle, and with short, noisier measurements.
@@ -106,12 +117,13 @@ def _compare(console: Console, plan: Plan, seed: int) -> tuple[list[Entry], SLO]
             if slo is None:
                 _talk(console, url)
             if slo is None or preset == "past-future":
-                lasting = plan.calibration if slo is None else plan.history
+                lasting = plan.calibration if slo is None else plan.lasting(plan.history, slo)
                 doing = "timing a decode step" if slo is None else "past-future learns lengths"
                 with console.status(f"{doing} ({lasting:.0f} s)"):
                     learned = _go(url, requests, Load(CLIENTS, duration=lasting), SLO(), seed + 1)
                 slo = slo or bounds(console, learned)
-            load = Load(CLIENTS, duration=plan.warmup + plan.measured, warmup=plan.warmup)
+            measured = plan.lasting(plan.measured, slo)
+            load = Load(CLIENTS, duration=plan.warmup + measured, warmup=plan.warmup)
             with console.status(f"{CLIENTS} clients on {preset} ({load.duration:.0f} s)"):
                 result = _go(url, requests, load, slo, seed)
         if not result.summary.ends.get("completed"):

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
@@ -26,7 +26,7 @@ from penstock.server.engine_loop import build_loop, spin_briefly
 from penstock.server.factories import EngineSpec, kv_codec
 from penstock.server.messages import Add, Brought, Cancel, Command, Event, Missed, Stop
 
-_NONE: Mapping[str, Parcel] = MappingProxyType({})
+_NONE: Mapping[str, Sequence[Parcel]] = MappingProxyType({})
 MOST_EVENTS = 1024
 """Events that wait for the front; with as many the engine waits too."""
 
@@ -40,6 +40,7 @@ class CallPipe:
     def __init__(self, desk: Desk | None = None) -> None:
         self._desk = desk
         self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._ahead: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._commands: deque[Command] = deque()
@@ -73,7 +74,7 @@ class CallPipe:
     # -- the event loop --------------------------------------------------------------------
 
     def put(
-        self, raw: list[bytes], late: float = 0.0, parcels: Mapping[str, Parcel] = _NONE
+        self, raw: list[bytes], late: float = 0.0, parcels: Mapping[str, Sequence[Parcel]] = _NONE
     ) -> None:
         """Pass commands on; those that bring KV once that is there.
 
@@ -98,12 +99,20 @@ class CallPipe:
                         self._commands.append(command)
             self._changed.notify()
 
-    async def _fetch(self, add: Add, parcel: Parcel) -> None:
+    def fetch(self, parcels: Sequence[Parcel]) -> None:
+        """Parts of KV whose request will follow."""
+        for parcel in parcels:
+            assert self._desk is not None
+            task = self._loop.create_task(self._desk.fetch(parcel))
+            self._ahead.add(task)
+            task.add_done_callback(self._ahead.discard)
+
+    async def _fetch(self, add: Add, parcels: Sequence[Parcel]) -> None:
         """Take a request in with the KV that it brings."""
         assert self._desk is not None
         event: Event
         try:
-            size = await self._desk.deliver(add.id, parcel)
+            size = await self._desk.deliver(add.id, parcels)
             event = Brought(add.id, size)
         except (ParcelLostError, ValueError) as error:
             event = Missed(add.id, str(error))
@@ -115,8 +124,8 @@ class CallPipe:
             self._changed.notify()
         self._news.set()
 
-    async def take(self) -> tuple[list[bytes], dict[str, Packed]]:
-        """All events there are, once there are any, and the KV that some of them left."""
+    async def take(self) -> tuple[list[bytes], dict[str, list[Packed]]]:
+        """All events there are, once there are any, and KV that requests left meanwhile."""
         await self._news.wait()
         self._news.clear()
         with self._changed:
@@ -165,17 +174,26 @@ class Instance:
         return os.getpid(), await loaded
 
     async def submit(
-        self, commands: list[bytes], sent_at: float, parcels: Mapping[str, Parcel]
+        self,
+        commands: list[bytes],
+        sent_at: float,
+        parcels: Mapping[str, Sequence[Parcel]],
+        ahead: Sequence[Parcel],
     ) -> None:
         """Take encoded commands, sent at this time by the front's monotonic clock.
 
         Clocks of two machines have nothing in common, so requests arrived as long before
         this call as they had before it was made.
+
+        Args:
+            parcels: KV that some of them bring, in parts.
+            ahead: parts of KV whose requests will follow.
         """
         assert self._pipe is not None
+        self._pipe.fetch(ahead)
         self._pipe.put(commands, time.monotonic() - sent_at, parcels)
 
-    async def poll(self) -> tuple[list[bytes], dict[str, Packed]]:
+    async def poll(self) -> tuple[list[bytes], dict[str, list[Packed]]]:
         """Encoded events since the last call, once there are any, and KV left behind."""
         assert self._pipe is not None
         return await self._pipe.take()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -31,10 +32,14 @@ class OneProcess:
         self._front = front
         self._supervisor = Supervisor(spec, self)
 
-    def send(self, number: int, command: Command, parcel: Parcel = None) -> None:
+    def send(self, number: int, command: Command, parcels: Sequence[Parcel] = ()) -> None:
         """Hand a command to the process; alone it has nobody to get KV from."""
-        del number, parcel
+        del number, parcels
         self._supervisor.send(command)
+
+    def send_ahead(self, number: int, parcel: Parcel) -> None:
+        """See :meth:`send`."""
+        del number, parcel
 
     async def run(self) -> None:
         """Keep it alive until cancelled.
@@ -83,7 +88,7 @@ def build_front(
     dispatch = fleet.dispatch
     if cluster.prefill and chosen.preset == "kairos":
         dispatch = replace(dispatch, back_pressure=BackPressure(np.random.default_rng(chosen.seed)))
-    front = Front(dispatch, listener, observer, cluster.roles)
+    front = Front(dispatch, listener, observer, cluster.roles, stream_kv=cluster.stream_kv)
     if cluster.count == 1:
         front.attach(OneProcess(spec, front))
         return front

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -37,7 +37,7 @@ class Told(Protocol):
         """An instance takes requests."""
         ...
 
-    def instance_left(self, number: int, packed: Mapping[str, Packed]) -> None:
+    def instance_left(self, number: int, packed: Mapping[str, Sequence[Packed]]) -> None:
         """KV that an instance leaves for others, by slice, before the news of their ends."""
         ...
 
@@ -56,7 +56,8 @@ class Incarnation:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._waiting: list[bytes] = []
-        self._parcels: dict[str, Parcel] = {}
+        self._parcels: dict[str, Sequence[Parcel]] = {}
+        self._ahead: list[Parcel] = []
         self._wake = asyncio.Event()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
@@ -73,11 +74,16 @@ class Incarnation:
             raise EngineStartError(words)
         return int(pid)
 
-    def send(self, command: Command, parcel: Parcel = None) -> None:
+    def send(self, command: Command, parcels: Sequence[Parcel] = ()) -> None:
         """Have a command sent, in order, together with those that follow at once."""
         self._waiting.append(self._encode(command))
-        if parcel is not None and isinstance(command, Add):
-            self._parcels[command.id] = parcel
+        if parcels and isinstance(command, Add):
+            self._parcels[command.id] = parcels
+        self._wake.set()
+
+    def send_ahead(self, parcel: Parcel) -> None:
+        """Have KV sent whose request will follow."""
+        self._ahead.append(parcel)
         self._wake.set()
 
     async def submit(self) -> None:
@@ -91,10 +97,11 @@ class Incarnation:
             self._wake.clear()
             batch, self._waiting = self._waiting, []
             parcels, self._parcels = self._parcels, {}
+            ahead, self._ahead = self._ahead, []
             # The answer is awaited: Ray does not promise that calls begin in their order.
-            await self._actor.submit.remote(batch, time.monotonic(), parcels)
+            await self._actor.submit.remote(batch, time.monotonic(), parcels, ahead)
 
-    async def events(self) -> tuple[list[Event], Mapping[str, Packed]]:
+    async def events(self) -> tuple[list[Event], Mapping[str, Sequence[Packed]]]:
         """The next events, and KV left behind.
 
         Raises:
@@ -132,9 +139,15 @@ class RayFleet:
         self._any_started = False
         self._node = ray.get_runtime_context().get_node_id()
 
-    def send(self, number: int, command: Command, parcel: Parcel = None) -> None:
+    def send(self, number: int, command: Command, parcels: Sequence[Parcel] = ()) -> None:
         """Hand a command to an instance that is ready; a dead one ignores it."""
-        self._live[number].send(command, parcel)
+        self._live[number].send(command, parcels)
+
+    def send_ahead(self, number: int, parcel: Parcel) -> None:
+        """Have an instance fetch KV whose request will follow."""
+        # What travels in messages would travel twice.
+        if self._specs[number].kv_transport != "inline":
+            self._live[number].send_ahead(parcel)
 
     async def run(self) -> None:
         """Keep them alive until cancelled.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from penstock.cluster.books import NOTHING, Books, joint_gauges, joint_ready
-from penstock.cluster.parcels import Packed, Parcel
+from penstock.cluster.parcels import Packed
 from penstock.cluster.prices import slice_cost
 from penstock.cluster.stories import InstanceObserver, Instances, Story, seeded
 from penstock.core.dispatcher import Batch, Dispatcher, SliceId
@@ -57,6 +57,7 @@ class Front:
         listener: told what one engine would tell.
         observer: told of each instance.
         roles: of the instances, by number; mixed beyond.
+        stream_kv: KV goes to the decode instance chunk by chunk.
         clock: monotonic seconds.
     """
 
@@ -67,14 +68,17 @@ class Front:
         observer: InstanceObserver,
         roles: Sequence[Role] = (),
         clock: Callable[[], float] = time.monotonic,
+        *,
+        stream_kv: bool = False,
     ) -> None:
         self._dispatcher = Dispatcher(policy, self._cost)
         self._listener = listener
         self._observer = observer
         self._roles = roles
         self._clock = clock
+        self._stream_kv = stream_kv
         # Left by slices whose ends are not known yet.
-        self._parcels: dict[SliceId, Packed] = {}
+        self._parcels: dict[SliceId, list[Packed]] = {}
         self._instances: Instances | None = None
         self._books: dict[int, Books] = {}
         self._stories: dict[RequestId, Story] = {}
@@ -118,7 +122,7 @@ class Front:
                 where = self._dispatcher.withdraw(command.id)
                 if where is not None:
                     number, slice_id = where
-                    self._send(number, Cancel(slice_id, command.reason))
+                    self._to().send(number, Cancel(slice_id, command.reason))
             case Explain():
                 self._explain(command)
             case Stop():
@@ -128,7 +132,7 @@ class Front:
     def _explain(self, command: Explain) -> None:
         story = self._stories.get(command.id)
         if story is not None and story.slice_id:
-            self._send(story.number, Explain(command.ticket, story.slice_id))
+            self._to().send(story.number, Explain(command.ticket, story.slice_id))
             return
         text = "it has ended"
         if story is not None:
@@ -163,11 +167,18 @@ class Front:
         self._tell()
         self._arm()
 
-    def instance_left(self, number: int, packed: Mapping[SliceId, Packed]) -> None:
+    def instance_left(self, number: int, packed: Mapping[SliceId, Sequence[Packed]]) -> None:
         """KV for other instances, before the news of the ends of these slices."""
-        if number in self._books:
-            known = self._dispatcher.whole
-            self._parcels.update({s: one for s, one in packed.items() if known(s) is not None})
+        if number not in self._books:
+            return
+        for slice_id, parts in packed.items():
+            if self._dispatcher.whole(slice_id) is None:
+                continue
+            self._parcels.setdefault(slice_id, []).extend(parts)
+            for part in parts:
+                goes_to = None if part.last else self._dispatcher.bind(slice_id)
+                if goes_to is not None:
+                    self._to().send_ahead(goes_to, part.parcel)
 
     def instance_said(self, number: int, event: Event) -> None:
         """An instance has news; what comes from a lost one is dropped."""
@@ -254,12 +265,12 @@ class Front:
         story = self._stories[whole]
         story.evictions += end.evictions
         story.losses = 0
-        generated, packed = len(story.tokens), self._parcels.pop(end.id, None)
-        kv, now = packed is not None, self._clock()
+        generated, packed = len(story.tokens), self._parcels.pop(end.id, [])
+        kv, now = bool(packed) and packed[-1].last, self._clock()
         if self._dispatcher.ended(end.id, generated, end.reason, now, kv=kv) is None:
             story.slice_id = ""
-            if packed is not None:
-                story.parcel, story.left_at = packed.parcel, now
+            if kv:
+                story.parcels, story.left_at = [part.parcel for part in packed], now
             return None
         del self._stories[whole]
         return End(whole, end.reason, generated, story.evictions, end.detail)
@@ -289,7 +300,7 @@ class Front:
         if self._dispatcher.move_due <= now:
             for number, slice_id in self._dispatcher.moves(now):
                 # Its end comes back as a slice's does, and it goes on where it is to go.
-                self._send(number, Cancel(slice_id, FinishReason.CANCELLED))
+                self._to().send(number, Cancel(slice_id, FinishReason.CANCELLED))
         if self._dispatcher.due > now + _EARLY:
             self._arm()
             return
@@ -315,14 +326,15 @@ class Front:
                 computed=request.computed,
                 first_token=request.first_token,
                 keep_kv=self._dispatcher.hands_over(request.id),
+                stream_kv=self._stream_kv,
             )
             # Whatever becomes of the instance: it had the KV, and nobody else has.
-            parcel, story.parcel = story.parcel, None
-            self._send(batch.instance, add, parcel if request.computed else None)
+            parcels, story.parcels = story.parcels, ()
+            self._to().send(batch.instance, add, parcels if request.computed else ())
 
-    def _send(self, number: int, command: Command, parcel: Parcel = None) -> None:
+    def _to(self) -> Instances:
         assert self._instances is not None
-        self._instances.send(number, command, parcel)
+        return self._instances
 
     def _is_at(self, slice_id: SliceId, number: int) -> bool:
         whole = self._dispatcher.whole(slice_id)

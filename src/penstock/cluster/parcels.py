@@ -7,6 +7,8 @@ by themselves; inline it is the bytes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from penstock.core.engine import KV
@@ -50,10 +52,14 @@ class Inline:
 
 
 class Packed(NamedTuple):
-    """A parcel, and what it weighs in bytes."""
+    """A parcel, what it weighs in bytes, and whether none follows it.
+
+    All but the last were packed while the prefill went on.
+    """
 
     parcel: Parcel
     size: int
+    last: bool
 
 
 class Desk:
@@ -67,15 +73,16 @@ class Desk:
     def __init__(self, codec: KVCodec, transport: Transport) -> None:
         self._codec = codec
         self._transport = transport
-        self._outgoing: dict[str, Packed] = {}
+        self._outgoing: dict[str, list[Packed]] = {}
         self._incoming: dict[str, KV] = {}
 
     # -- the engine's thread ---------------------------------------------------------------
 
-    def leave(self, slice_id: str, kv: KV) -> None:
-        """Pack what a request that has just ended leaves behind."""
+    def leave(self, slice_id: str, kv: KV, *, last: bool) -> None:
+        """Pack KV of a request: what followed the part before, the ``last`` as it ended."""
         data = self._codec.encode(kv)
-        self._outgoing[slice_id] = Packed(self._transport.pack(data), len(data))
+        packed = Packed(self._transport.pack(data), len(data), last)
+        self._outgoing.setdefault(slice_id, []).append(packed)
 
     def find(self, slice_id: str) -> KV | None:
         """What came for a request, once."""
@@ -83,17 +90,23 @@ class Desk:
 
     # -- the event loop --------------------------------------------------------------------
 
-    def collect(self) -> dict[str, Packed]:
-        """All that is to be taken away."""
+    def collect(self) -> dict[str, list[Packed]]:
+        """All that is to be taken away, in order."""
         packed, self._outgoing = self._outgoing, {}
         return packed
 
-    async def deliver(self, slice_id: str, parcel: Parcel) -> int:
-        """Unpack what came for a request; its bytes.
+    async def deliver(self, slice_id: str, parcels: Sequence[Parcel]) -> int:
+        """Unpack the parts that came for a request; their bytes.
 
         Raises:
-            ParcelLostError: it does not arrive.
+            ParcelLostError: one does not arrive.
+            ValueError: they are no KV, or do not fit together.
         """
-        data = await self._transport.unpack(parcel)
-        self._incoming[slice_id] = self._codec.decode(data)
-        return len(data)
+        parts = [await self._transport.unpack(parcel) for parcel in parcels]
+        self._incoming[slice_id] = self._codec.join([self._codec.decode(part) for part in parts])
+        return sum(map(len, parts))
+
+    async def fetch(self, parcel: Parcel) -> None:
+        """Have a part here before it is needed; if it does not come, :meth:`deliver` will say."""
+        with contextlib.suppress(ParcelLostError):
+            await self._transport.unpack(parcel)

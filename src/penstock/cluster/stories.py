@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Protocol
@@ -18,11 +19,15 @@ _GREEDY_BELOW = 1e-5
 class Instances(Protocol):
     """Carries commands to instances and keeps these alive."""
 
-    def send(self, number: int, command: Command, parcel: Parcel = None) -> None:
+    def send(self, number: int, command: Command, parcels: Sequence[Parcel] = ()) -> None:
         """Hand a command to an instance that has said that it is ready and is not lost.
 
-        ``parcel``: KV that a request brings.
+        ``parcels``: KV that a request brings, in parts.
         """
+        ...
+
+    def send_ahead(self, number: int, parcel: Parcel) -> None:
+        """Have such an instance fetch a part of KV whose request will follow with all parts."""
         ...
 
     async def run(self) -> None:
@@ -60,7 +65,7 @@ class Story:
         number, slice_id: the instance that it is at, and its stay there; empty in the pool.
         had: tokens when that began.
         losses: stays in a row that ended with the instance, without a token.
-        parcel: KV in hand.
+        parcels: KV in hand, in parts.
         left_at: when that was, by the front's clock.
     """
 
@@ -71,7 +76,7 @@ class Story:
     had: int = 0
     evictions: int = 0
     losses: int = 0
-    parcel: Parcel = None
+    parcels: Sequence[Parcel] = ()
     left_at: float = 0.0
 
 

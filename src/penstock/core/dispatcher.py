@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 from penstock.core.forecast.slices import SliceCost
@@ -127,6 +126,8 @@ class Dispatcher:
         self._note_decode_room()
         back = list(instance.members.values())
         waiting, self._pool = self._pool, {}
+        for member in instance.coming.values():
+            member.bound = None
         for member in back:
             self._detach(member)
             self._back_to_pool(member, now)
@@ -166,11 +167,23 @@ class Dispatcher:
         instance = self._instances[member.sent.instance]
         return instance.role is Role.PREFILL and member.generated + 1 < member.request.cap
 
+    def bind(self, slice_id: SliceId) -> int | None:
+        """The decode instance that a slice's KV may go ahead to; None if there is none now."""
+        member = self._slices[slice_id]
+        if member.bound is None:
+            views = [view for view in self.instances if view.role is Role.DECODE]
+            if views:
+                tokens = member.request.prompt_tokens + member.generated
+                member.bound = views[self.policy.place.choose(views, tokens)].number
+                self._instances[member.bound].coming[member.request.id] = member
+        return member.bound
+
     def kv_lost(self, request_id: RequestId) -> None:
         """The KV that was in hand for a pooled request is gone."""
         member = self._pool.get(request_id)
         if member is not None:
             member.kv = 0
+            self._unbind(member)
             self._held = False
 
     def refused(self, slice_id: SliceId, now: float) -> None:
@@ -210,6 +223,7 @@ class Dispatcher:
         if moved or (reason is FinishReason.LENGTH and generated < member.request.cap):
             self._back_to_pool(member, now)
             return None
+        self._unbind(member)
         del self._members[member.request.id]
         if reason in {FinishReason.STOP, FinishReason.LENGTH}:
             self.policy.place.observe(generated)
@@ -225,6 +239,7 @@ class Dispatcher:
         if member is None:
             return None
         self._pool.pop(request_id, None)
+        self._unbind(member)
         self._held = False
         if member.sent is None or member.slice_id is None:
             return None
@@ -274,10 +289,13 @@ class Dispatcher:
         placed = [m for instance in self._instances.values() for m in instance.members.values()]
         assert len(placed) + len(self._pool) == len(self._members)
         assert len(placed) == len(self._slices)
+        bound = [member for member in self._members.values() if member.bound is not None]
+        assert len(bound) == sum(len(each.coming) for each in self._instances.values())
         for member in placed:
             assert member.sent is not None
             assert member.sent.left > 0
         for instance in self._instances.values():
+            assert all(member.bound == instance.number for member in instance.coming.values())
             sent = {id(m.sent): m.sent.seconds for m in instance.members.values() if m.sent}
             assert math.isclose(instance.load, sum(sent.values()), abs_tol=1e-6)
 
@@ -321,8 +339,9 @@ class Dispatcher:
 
     def _send(self, members: list[Member], seconds: float, numbers: list[int]) -> Batch:
         tokens = sum(member.request.prompt_tokens + member.generated for member in members)
-        target = members[0].target
-        if target is None or target not in self._instances:
+        first = members[0]
+        target = first.bound if first.target is None else first.target
+        if target not in numbers:
             views = [self._instances[number].view() for number in numbers]
             target = views[self.policy.place.choose(views, tokens)].number
         instance = self._instances[target]
@@ -331,6 +350,7 @@ class Dispatcher:
         self._batches += 1
         requests = tuple([self._slice(member, sent, self._batches) for member in members])
         for member in members:
+            self._unbind(member)
             instance.members[member.request.id] = member
         return Batch(self._batches, instance.number, requests, seconds)
 
@@ -338,23 +358,11 @@ class Dispatcher:
         request = member.request
         name = f"{request.id}~{member.stays}" if member.stays else request.id
         member.stays += 1
-        member.slice_id, member.sent = name, sent
-        member.placed_with, member.target = member.generated, None
         self._slices[name] = member
         tokens = self.policy.slice_tokens or request.cap
-        computed, member.kv = member.kv, 0
         if self._instances[sent.instance].role is Role.PREFILL:
             tokens = 1
-        end = member.generated + tokens
-        return replace(
-            request,
-            id=name,
-            generated=member.generated,
-            cap=min(request.cap, end),
-            batch=batch if self.policy.batch.together else 0,
-            computed=computed,
-            first_token=member.first_token,
-        )
+        return member.begin(name, sent, tokens, batch if self.policy.batch.together else 0)
 
     def _detach(self, member: Member) -> None:
         """It is at no instance any more; its batch is completed with its last one."""
@@ -371,7 +379,14 @@ class Dispatcher:
             # Sums of floats that go back to nothing would leave crumbs.
             instance.load = max(0.0, instance.load - sent.seconds) if instance.members else 0.0
 
+    def _unbind(self, member: Member) -> None:
+        if member.bound is not None:
+            del self._instances[member.bound].coming[member.request.id]
+            member.bound = None
+
     def _back_to_pool(self, member: Member, now: float) -> None:
+        if not member.kv:
+            self._unbind(member)
         self._held = False
         if not self._pool:
             self._pooled_at = now

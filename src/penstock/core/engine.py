@@ -44,6 +44,8 @@ class Work(NamedTuple):
         kv: KV of its first tokens, as :meth:`Engine.take_kv` gave it on the instance that it was
             on before; needed if a plan starts it with ``imported`` tokens.
         keep_kv: whether the runtime is to call :meth:`Engine.take_kv` when its cap ends it.
+        stream_kv: whether, besides, it is to copy what each prompt chunk computed at once; what is
+            copied at the end is then only the rest.
         trace_length: benchmarks only: end it with STOP at exactly this many
             output tokens, whatever the model says.  No policy but the oracle
             ever sees it.
@@ -55,6 +57,7 @@ class Work(NamedTuple):
     generated: Sequence[int] = ()
     kv: KV | None = None
     keep_kv: bool = False
+    stream_kv: bool = False
 
 
 class Ticket(NamedTuple):
@@ -95,11 +98,14 @@ class Engine(Protocol):
         """Forget a payload that no plan has started, or whose final drop has been applied."""
         ...
 
-    def take_kv(self, request_id: RequestId) -> KV | None:
-        """Copy the KV of a request out of KV memory, to go on with it on another instance.
+    def take_kv(self, request_id: RequestId, start: int = 0, end: int | None = None) -> KV | None:
+        """Copy KV of a request out of KV memory, to go on with it on another instance.
 
-        No plan in flight names the request.  None if it has no KV: it has not started, or its
-        final drop has been applied.
+        A plan in flight that names the request computes other tokens.  None if these have no KV:
+        it has not started, has not come that far, or a drop of it has been applied.
+
+        Args:
+            start, end: of which tokens; None: to the last that has KV.
         """
         ...
 

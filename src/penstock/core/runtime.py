@@ -10,9 +10,10 @@ from typing import NamedTuple
 from penstock.core.engine import KV, Engine, Ticket, Work
 from penstock.core.scheduler import Scheduler
 from penstock.core.stats import Stats
-from penstock.core.types import Ended, FinishReason, Request, RequestId, Token
+from penstock.core.types import Chunk, Ended, FinishReason, Request, RequestId, Token
 
 _NOBODY: Mapping[RequestId, KV | None] = MappingProxyType({})
+_NOTHING: Mapping[RequestId, KV] = MappingProxyType({})
 
 
 class StepOutput(NamedTuple):
@@ -23,7 +24,8 @@ class StepOutput(NamedTuple):
     output whose ``ended`` names it.  ``seconds`` is what the engine measured for the
     step, ``planning`` what the scheduler took for the plans made meanwhile, ``steps`` how
     often the engine ran the plan.  ``kept`` is the KV of those in ``ended`` whose cap
-    ended them and whose work said to keep it.
+    ended them and whose work said to keep it; ``parts`` is what the step's chunks added for
+    those whose work said to stream it, and ``kept`` then only what came after the last part.
     """
 
     tokens: Mapping[RequestId, Token]
@@ -32,6 +34,7 @@ class StepOutput(NamedTuple):
     planning: float
     steps: int = 1
     kept: Mapping[RequestId, KV | None] = _NOBODY
+    parts: Mapping[RequestId, KV] = _NOTHING
 
 
 class Runtime:
@@ -45,9 +48,10 @@ class Runtime:
         self.scheduler = scheduler
         self.engine = engine
         self._clock = clock
-        self._flight: deque[Ticket] = deque()
+        self._flight: deque[tuple[Ticket, tuple[Chunk, ...]]] = deque()
         self._planning = 0.0
-        self._keeping: set[RequestId] = set()
+        # Whose KV is wanted when they end, and how many tokens of it went ahead; -1: none shall.
+        self._keeping: dict[RequestId, int] = {}
 
     def add(self, request: Request, work: Work) -> None:
         """Take a request in.
@@ -70,7 +74,7 @@ class Runtime:
         self.scheduler.validate(request)
         self.engine.open(request.id, work)
         if work.keep_kv:
-            self._keeping.add(request.id)
+            self._keeping[request.id] = 0 if work.stream_kv else -1
         self.scheduler.enter(request, work.trace_length)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> bool:
@@ -90,7 +94,7 @@ class Runtime:
             self._planning += self._clock() - began
             if plan is None:
                 break
-            self._flight.append(self.engine.submit(plan))
+            self._flight.append((self.engine.submit(plan), plan.chunks))
         return bool(self._flight)
 
     def finish(self) -> StepOutput | None:
@@ -99,14 +103,16 @@ class Runtime:
         if not self._flight:
             ended = self._take_ended()
             return StepOutput({}, ended, 0.0, planning, 0, self._keep(ended)) if ended else None
-        result = self.engine.collect(self._flight.popleft())
+        ticket, chunks = self._flight.popleft()
+        result = self.engine.collect(ticket)
         stale = self.scheduler.confirm(result)
         tokens = result.tokens
         if stale:
             tokens = {key: value for key, value in tokens.items() if key not in stale}
         ended = self._take_ended()
         kept = self._keep(ended)
-        return StepOutput(tokens, ended, result.seconds, planning, result.steps, kept)
+        parts = self._part(chunks) if self._keeping else _NOTHING
+        return StepOutput(tokens, ended, result.seconds, planning, result.steps, kept, parts)
 
     def stats(self) -> Stats:
         """The scheduler's state in numbers."""
@@ -118,11 +124,25 @@ class Runtime:
             return _NOBODY
         kept: dict[RequestId, KV | None] = {}
         for end in ended:
-            if end.id in self._keeping:
-                self._keeping.remove(end.id)
-                if end.reason is FinishReason.LENGTH:
-                    kept[end.id] = self.engine.take_kv(end.id)
+            ahead = self._keeping.pop(end.id, None)
+            if ahead is not None and end.reason is FinishReason.LENGTH:
+                kept[end.id] = self.engine.take_kv(end.id, max(0, ahead))
         return kept
+
+    def _part(self, chunks: tuple[Chunk, ...]) -> Mapping[RequestId, KV]:
+        """Copy what these chunks added of those whose KV goes ahead.
+
+        What was evicted computes the same again, and has nothing new until it is past that.
+        """
+        parts: dict[RequestId, KV] = {}
+        for chunk in chunks:
+            ahead, end = self._keeping.get(chunk.id, -1), chunk.start + chunk.tokens
+            if 0 <= ahead < end:
+                part = self.engine.take_kv(chunk.id, ahead, end)
+                if part is not None:
+                    parts[chunk.id] = part
+                    self._keeping[chunk.id] = end
+        return parts
 
     def _take_ended(self) -> tuple[Ended, ...]:
         ended = self.scheduler.take_ended()

@@ -67,14 +67,36 @@ class HostKV:
             raise HandoffError(msg)
         return cls(layers)
 
+    @classmethod
+    def join(cls, parts: Sequence[HostKV]) -> HostKV:
+        """Parts that follow each other, as one.
 
-def export(layers: Sequence[PagedLayer], blocks: Blocks, tokens: int) -> HostKV:
-    """Copy the KV of a block table's first tokens to host memory."""
-    where = torch.from_numpy(blocks).long()
+        Raises:
+            HandoffError: they are not of one model.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            layers = [
+                tuple(torch.cat(same, dim=1) for same in zip(*layer, strict=True))
+                for layer in zip(*(part.layers for part in parts), strict=True)
+            ]
+        except (RuntimeError, ValueError) as error:
+            msg = f"the parts of a hand-off's KV do not fit together: {error}"
+            raise HandoffError(msg) from error
+        return cls(tuple((key, value) for key, value in layers))
+
+
+def export(layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int) -> HostKV:
+    """Copy the KV of tokens ``start`` to ``end`` of a block table to host memory."""
+    size = layers[0].key_cache.shape[2]
+    first = start // size
+    where = torch.from_numpy(blocks[first : -(-end // size)]).long()
+    within = slice(start - first * size, end - first * size)
     found = []
     for layer in layers:
         key, value = (
-            _by_token(cache.index_select(0, where.to(cache.device)), tokens)
+            _by_token(cache.index_select(0, where.to(cache.device)), within)
             for cache in (layer.key_cache, layer.value_cache)
         )
         found.append((key, value))
@@ -111,8 +133,8 @@ def bring_in(
             cache[block.to(cache.device), :, offset.to(cache.device)] = rows
 
 
-def _by_token(blocks: Tensor, tokens: int) -> Tensor:
+def _by_token(blocks: Tensor, within: slice) -> Tensor:
     """``[n, heads, size, dim]`` as ``[heads, tokens, dim]`` on the host."""
     count, heads, size, dim = blocks.shape
     whole = blocks.transpose(0, 1).reshape(heads, count * size, dim)
-    return whole[:, :tokens].to("cpu", copy=True).contiguous()
+    return whole[:, within].to("cpu", copy=True).contiguous()

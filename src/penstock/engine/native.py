@@ -177,13 +177,17 @@ class NativeEngine:
         if self._opened.pop(request_id, None) is not None:
             self._sampler.close(request_id)
 
-    def take_kv(self, request_id: RequestId) -> HostKV | None:
+    def take_kv(
+        self, request_id: RequestId, start: int = 0, end: int | None = None
+    ) -> HostKV | None:
         """A copy of a request's KV in host memory; None if it has none, or a step lost it."""
         if request_id not in self._rows or request_id in self._broken:
             return None
         row = self._rows.row(request_id)
         blocks, computed = self._rows.blocks(row), int(self._rows.computed[row])
-        return handoff.export(self._runner.layers, blocks, computed)
+        if end is not None and computed < end:
+            return None
+        return handoff.export(self._runner.layers, blocks, start, computed if end is None else end)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Run a step; it is done when this returns.

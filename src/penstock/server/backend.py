@@ -62,9 +62,11 @@ def _check_roles(config: Config) -> None:
             msg = f"--{one} {getattr(cluster, one)}: it needs --{other} of 1 or more as well"
             raise ConfigError(msg)
     if not cluster.prefill:
-        if "kv_transport" in cluster.changed:
-            msg = f"--kv-transport {cluster.kv_transport}: only --prefill and --decode have it"
-            raise ConfigError(msg)
+        for name in ("kv_transport", "stream_kv"):
+            if name in cluster.changed:
+                flag, value = "--" + name.replace("_", "-"), getattr(cluster, name)
+                msg = f"{flag} {value}: only --prefill and --decode have it"
+                raise ConfigError(msg)
         return
     if cluster.instances > 1:
         msg = f"--instances {cluster.instances}: give it, or {cluster.asked}, not both"

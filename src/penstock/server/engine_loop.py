@@ -56,8 +56,8 @@ class Pipe(Protocol):
 class KVDesk(Protocol):
     """Where KV is left for other instances, and found when it came from one."""
 
-    def leave(self, slice_id: str, kv: KV) -> None:
-        """Of a request that ends with the next step that is reported."""
+    def leave(self, slice_id: str, kv: KV, *, last: bool) -> None:
+        """KV of a request; ``last``: it ends with the next step that is reported."""
         ...
 
     def find(self, slice_id: str) -> KV | None:
@@ -190,9 +190,12 @@ class EngineLoop:
 
     def _report(self, output: StepOutput) -> Step:
         stats = self._runtime.stats()
-        for request_id, kv in output.kept.items():
-            if kv is not None and self._desk is not None:
-                self._desk.leave(request_id, kv)
+        if self._desk is not None:
+            for request_id, part in output.parts.items():
+                self._desk.leave(request_id, part, last=False)
+            for request_id, kv in output.kept.items():
+                if kv is not None:
+                    self._desk.leave(request_id, kv, last=True)
         details = {
             request_id: (token.logprob, list(token.top))
             for request_id, token in output.tokens.items()

@@ -7,7 +7,7 @@ engine, another kind does not pay for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -119,10 +119,11 @@ def _load(spec: EngineSpec) -> Engine:
 
 
 class KVCodec(NamedTuple):
-    """How KV of one kind of engine becomes bytes, and KV again."""
+    """How KV of one kind of engine becomes bytes, and KV again, and one of parts in order."""
 
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], KV]
+    join: Callable[[Sequence[Any]], KV]
 
 
 def kv_codec(kind: str) -> KVCodec:
@@ -130,14 +131,15 @@ def kv_codec(kind: str) -> KVCodec:
     if kind == "native":
         from penstock.engine.handoff import HostKV
 
-        return KVCodec(HostKV.to_bytes, HostKV.from_bytes)
+        return KVCodec(HostKV.to_bytes, HostKV.from_bytes, HostKV.join)
     if kind == "sim":
         from penstock.sim.kv import SimKV
 
-        return KVCodec(msgspec.msgpack.encode, msgspec.msgpack.Decoder(SimKV).decode)
+        return KVCodec(msgspec.msgpack.encode, msgspec.msgpack.Decoder(SimKV).decode, SimKV.join)
     from penstock.testing.scripted import ScriptedKV
 
-    return KVCodec(msgspec.msgpack.encode, msgspec.msgpack.Decoder(ScriptedKV).decode)
+    decode = msgspec.msgpack.Decoder(ScriptedKV).decode
+    return KVCodec(msgspec.msgpack.encode, decode, ScriptedKV.join)
 
 
 def build_scheduler(spec: EngineSpec, engine: Engine) -> Scheduler:

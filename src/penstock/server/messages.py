@@ -73,6 +73,7 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
     computed: int = 0
     first_token: float | None = None
     keep_kv: bool = False
+    stream_kv: bool = False
 
     @classmethod
     def pack(cls, request: Request, work: Work) -> Add:
@@ -97,6 +98,7 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
             computed=request.computed,
             first_token=request.first_token,
             keep_kv=work.keep_kv,
+            stream_kv=work.stream_kv,
         )
 
     def unpack(self, capabilities: Capabilities) -> tuple[Request, Work]:
@@ -106,7 +108,14 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True, gc=False):
         )
         sampling = self.sampling.unpack()
         length, generated = self.trace_length, self.generated
-        work = Work(self.prompt, sampling, length, generated, keep_kv=self.keep_kv)
+        work = Work(
+            self.prompt,
+            sampling,
+            length,
+            generated,
+            keep_kv=self.keep_kv,
+            stream_kv=self.stream_kv,
+        )
         return self.request(keys), work
 
     def request(self, prefix: tuple[PrefixKey, ...] = ()) -> Request:

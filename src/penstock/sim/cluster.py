@@ -51,6 +51,9 @@ class _Story:
     job: Job
     tracks: list[Track] = field(default_factory=list)
     evictions: int = 0
+    # Tokens whose KV went ahead, and where to.
+    ahead: int = 0
+    bound: int = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +72,7 @@ def run_cluster(
     *,
     padded: bool = False,
     link: Link | None = None,
+    stream: bool = False,
 ) -> ClusterRun:
     """Simulate until the source has no more jobs and all have ended.
 
@@ -79,11 +83,13 @@ def run_cluster(
         dispatcher: without instances.
         padded: instances run static batches as rectangles.
         link: between prefill and decode instances; None: KV takes no time.
+        stream: it crosses chunk by chunk, while the prefill goes on.
     """
     with no_collections():
         return _Cluster(
-            source, capabilities, roles, make_policy, latency, dispatcher, padded=padded, link=link
-        ).run()
+            source, capabilities, roles, make_policy, latency, dispatcher, padded=padded, link=link,
+            stream=stream,
+        ).run()  # fmt: skip
 
 
 class _Cluster:
@@ -98,6 +104,7 @@ class _Cluster:
         *,
         padded: bool,
         link: Link | None,
+        stream: bool,
     ) -> None:
         self._source = source
         self._dispatcher = dispatcher
@@ -111,6 +118,7 @@ class _Cluster:
             dispatcher.join(number, capabilities.kv_tokens, role)
         disaggregated = any(role is not Role.MIXED for role in roles)
         self._transfers = Transfers(link or _INSTANT) if disaggregated else None
+        self._stream = stream
         # (when its KV is there, serial, instance, request)
         self._on_the_way: list[tuple[float, int, int, Request]] = []
         self._stories: dict[RequestId, _Story] = {}
@@ -166,6 +174,8 @@ class _Cluster:
             instance.busy += instance.clock.now - began
             if output is not None:
                 instance.steps += output.steps if output.seconds else 0
+                for slice_id, part in output.parts.items():
+                    self._send_ahead(slice_id, part.tokens, now)
                 for ended in output.ended:
                     kv = output.kept.get(ended.id) is not None
                     self._slice_ended(instance, ended, now, kv=kv)
@@ -185,12 +195,31 @@ class _Cluster:
             for request in batch.requests:
                 self._batch_of[request.id] = state
                 if request.computed and self._transfers:
-                    at = self._transfers.begin(batch.instance, request.computed, now)
+                    left = request.computed - self._went_ahead(request, batch.instance)
+                    at = self._transfers.begin(batch.instance, left, now)
                     self._serial += 1
                     heappush(self._on_the_way, (at, self._serial, batch.instance, request))
                 else:
                     self._open(instance, request)
             self._interrupt(instance, now)
+
+    def _send_ahead(self, slice_id: RequestId, tokens: int, now: float) -> None:
+        """Part of a prompt's KV sets out while the rest is computed."""
+        goes_to, whole = self._dispatcher.bind(slice_id), self._dispatcher.whole(slice_id)
+        if goes_to is None or whole is None or self._transfers is None:
+            return
+        story = self._stories[whole]
+        story.ahead = tokens + (story.ahead if story.bound == goes_to else 0)
+        story.bound = goes_to
+        self._transfers.begin(goes_to, tokens, now, last=False)
+
+    def _went_ahead(self, request: Request, instance: int) -> int:
+        """Tokens of a request's KV that are there, or on the way, already."""
+        whole = self._dispatcher.whole(request.id)
+        assert whole is not None
+        story = self._stories[whole]
+        ahead, story.ahead = story.ahead, 0
+        return ahead if story.bound == instance else 0
 
     def _arrive(self, now: float) -> None:
         """Requests whose KV has come are there."""
@@ -235,6 +264,7 @@ class _Cluster:
             generated=range(request.generated),
             kv=SimKV(request.computed) if request.computed else None,
             keep_kv=self._dispatcher.hands_over(request.id),
+            stream_kv=self._stream,
         )
         instance.runtime.add(request, work)
         track = instance.engine.track(request.id)

@@ -96,6 +96,7 @@ class MachineOptions:
         kv_bytes_per_token: What the KV of a token weighs on its way between them.
         link_bandwidth: Of the link into a decode instance, in GB/s.
         link_latency: Of a transfer, in seconds.
+        stream_kv: KV crosses after each prompt chunk instead of at the end of the prefill.
         back_pressure: Prompts wait while the forecast KV of all that they lead to is above so
             many times the decode instances' memory; by default they never do.
         padded: Static batches are rectangles: prompts padded to the longest, and every row
@@ -123,6 +124,7 @@ class MachineOptions:
     kv_bytes_per_token: int = 131_072
     link_bandwidth: float = 50.0
     link_latency: float = 0.001
+    stream_kv: bool = False
     back_pressure: float | None = None
     padded: bool = False
     steps_only: bool = False
@@ -227,6 +229,7 @@ def _instances(given: MachineOptions) -> dict[str, Any]:
         "kv_bytes_per_token": given.kv_bytes_per_token,
         "link_bandwidth": given.link_bandwidth * 1e9,
         "link_latency": given.link_latency,
+        "stream_kv": given.stream_kv,
         "back_pressure": given.back_pressure,
     }
 

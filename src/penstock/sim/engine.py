@@ -114,13 +114,24 @@ class SimEngine:
         """Forget a request."""
         del self._tracks[request_id]
 
-    def take_kv(self, request_id: RequestId) -> SimKV | None:
-        """Its size: all tokens but the latest have KV."""
+    def take_kv(
+        self, request_id: RequestId, start: int = 0, end: int | None = None
+    ) -> SimKV | None:
+        """Its size: all tokens but the latest have KV, or those up to the end of a chunk just run.
+
+        The requests of a plan hold what it computed until the next one.
+        """
         track = self._tracks.get(request_id)
-        if track is None or not track.generated:
+        if track is None:
+            return None
+        if end is not None:
+            chunks = self.plan.chunks if self.plan else ()
+            there = any(c.id == request_id and c.start + c.tokens >= end for c in chunks)
+            return SimKV(end - start) if there else None
+        if not track.generated:
             return None
         self.settle(track)
-        return SimKV(track.prompt + track.generated - 1)
+        return SimKV(track.prompt + track.generated - 1 - start)
 
     def settle(self, track: Track) -> None:
         """Bring a track up to date: it had a token in each tick up to now."""

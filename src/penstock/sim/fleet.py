@@ -30,12 +30,14 @@ class Disaggregated(NamedTuple):
         link: into a decode instance; None: KV takes no time.
         back_pressure: see :class:`~penstock.core.policies.back_pressure.BackPressure`'s factor;
             None: prompts never wait.
+        stream: KV crosses chunk by chunk, while the prefill goes on.
     """
 
     prefill: int
     decode: int
     link: Link | None = None
     back_pressure: float | None = None
+    stream: bool = False
 
     @property
     def roles(self) -> list[Role]:
@@ -80,8 +82,8 @@ def simulate_fleet(
     if fleet.dispatch.priced_tokens > cap:
         msg = f"slice_tokens is {fleet.dispatch.priced_tokens}; it must be at most the cap of {cap}"
         raise ValueError(msg)
-    apart = None if isinstance(instances, int) else instances
-    dispatch = fleet.dispatch if apart is None else apart.held_back(fleet.dispatch, seed)
+    apart, count = (None, instances) if isinstance(instances, int) else (instances, 0)
+    dispatch = apart.held_back(fleet.dispatch, seed) if apart else fleet.dispatch
     dispatcher = _dispatcher(dispatch, latency, capabilities.max_batch)
     if padded:
         room = capabilities.max_batch * capabilities.max_request_tokens
@@ -91,14 +93,13 @@ def simulate_fleet(
     return run_cluster(
         source,
         capabilities,
-        [Role.MIXED] * instances if isinstance(instances, int) else instances.roles,
-        lambda number: presets.build(
-            fleet.preset, seed=(seed << 16) + number, profile=latency, **options
-        ),
+        apart.roles if apart else [Role.MIXED] * count,
+        lambda i: presets.build(fleet.preset, seed=(seed << 16) + i, profile=latency, **options),
         latency,
         dispatcher,
         padded=padded,
         link=apart.link if apart else None,
+        stream=apart is not None and apart.stream,
     )
 
 

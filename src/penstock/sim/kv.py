@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -14,3 +15,8 @@ class SimKV(NamedTuple):
 
     tokens: int
     bytes: int = 0
+
+    @classmethod
+    def join(cls, parts: Sequence[SimKV]) -> SimKV:
+        """Parts that follow each other, as one."""
+        return cls(sum(part.tokens for part in parts))

@@ -51,7 +51,8 @@ class Transfers:
     """Transfers into instances, and their sums.
 
     Attributes:
-        count, tokens: of all transfers.
+        count: of hand-offs.
+        tokens: of all transfers.
         busy: seconds that transfers took, their latency included.
         waited: seconds for which KV waited for a link that was busy.
     """
@@ -63,11 +64,15 @@ class Transfers:
     waited: float = 0.0
     _free_at: dict[int, float] = field(default_factory=dict)
 
-    def begin(self, instance: int, tokens: int, now: float) -> float:
-        """Send so many tokens' KV to an instance; when it will be there, in seconds."""
+    def begin(self, instance: int, tokens: int, now: float, *, last: bool = True) -> float:
+        """Send so many tokens' KV to an instance; when it will be there, in seconds.
+
+        Args:
+            last: nothing follows; a hand-off in parts has one last part.
+        """
         start = max(now, self._free_at.get(instance, 0.0))
         seconds = self.link.seconds(tokens)
-        self.count += 1
+        self.count += last
         self.tokens += tokens
         self.busy += seconds
         self.waited += start - now

@@ -94,9 +94,9 @@ class RecordingEngine:
         self._engine.discard(request_id)
         self._known.pop(request_id, None)
 
-    def take_kv(self, request_id: RequestId) -> KV | None:
+    def take_kv(self, request_id: RequestId, start: int = 0, end: int | None = None) -> KV | None:
         """Hand it on."""
-        return self._engine.take_kv(request_id)
+        return self._engine.take_kv(request_id, start, end)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Hand it on, and note what is to be computed."""

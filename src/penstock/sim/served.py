@@ -141,12 +141,15 @@ class ServedEngine:
         """Forget a request."""
         del self._sequences[request_id]
 
-    def take_kv(self, request_id: RequestId) -> SimKV | None:
+    def take_kv(
+        self, request_id: RequestId, start: int = 0, end: int | None = None
+    ) -> SimKV | None:
         """Its size: all tokens but the latest have KV."""
         if request_id not in self._started:
             return None
         sequence = self._sequences[request_id]
-        return SimKV(len(sequence.work.prompt) + sequence.generated - 1)
+        there = len(sequence.work.prompt) + sequence.generated - 1
+        return SimKV((there if end is None else end) - start)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Begin a step."""

@@ -75,6 +75,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         kv_bytes_per_token: what the KV of a token weighs on its way between them.
         link_bandwidth: of the link into a decode instance, in bytes per second.
         link_latency: of a transfer, in seconds.
+        stream_kv: KV crosses after each prompt chunk instead of at the end of the prefill.
         back_pressure: prompts wait while the forecast KV of all that they lead to is above so many
             times the decode instances' memory; None: never.
         seed: of lengths, arrivals, classes and the policy's draws.
@@ -112,6 +113,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kv_bytes_per_token: int = 131_072
     link_bandwidth: float = 50e9
     link_latency: float = 1e-3
+    stream_kv: bool = False
     back_pressure: float | None = None
     seed: int = 0
 
@@ -154,6 +156,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if self.back_pressure is not None and not self.prefill:
             msg = f"back_pressure is {self.back_pressure}; it needs prefill and decode instances"
             raise SpecError(msg)
+        if self.stream_kv and not self.prefill:
+            msg = "stream_kv is true; it needs prefill and decode instances"
+            raise SpecError(msg)
         if not self.prefill:
             return
         if self.instances > 1:
@@ -174,7 +179,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if not self.prefill:
             return self.instances
         link = Link(self.kv_bytes_per_token, self.link_bandwidth, self.link_latency)
-        return Disaggregated(self.prefill, self.decode, link, self.back_pressure)
+        return Disaggregated(self.prefill, self.decode, link, self.back_pressure, self.stream_kv)
 
     @property
     def load(self) -> float:

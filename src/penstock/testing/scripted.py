@@ -61,6 +61,11 @@ class ScriptedKV:
         """Eight a token."""
         return 8 * len(self.held)
 
+    @classmethod
+    def join(cls, parts: Sequence[ScriptedKV]) -> ScriptedKV:
+        """Parts that follow each other, as one."""
+        return cls(tuple(token for part in parts for token in part.held))
+
 
 class ScriptedEngine:
     """Deterministic tokens, strict bookkeeping, modelled seconds.
@@ -130,12 +135,14 @@ class ScriptedEngine:
             not sequence.table, f"{request_id} was discarded with {len(sequence.table)} blocks"
         )
 
-    def take_kv(self, request_id: RequestId) -> ScriptedKV | None:
+    def take_kv(
+        self, request_id: RequestId, start: int = 0, end: int | None = None
+    ) -> ScriptedKV | None:
         """What the blocks of a started request hold."""
         sequence = self._sequences.get(request_id)
-        if sequence is None or not sequence.computed:
+        if sequence is None or not sequence.computed or sequence.computed < (end or 0):
             return None
-        return ScriptedKV(tuple(self._read(sequence)))
+        return ScriptedKV(tuple(self._read(sequence)[start:end]))
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Carry a plan out, checking every line of it."""
