@@ -19,7 +19,12 @@ FACTORY = "penstock.server.factories"
 BACKEND = "penstock.server.backend"
 
 # Nothing else starts, or even imports, Ray.
-RAY = ("penstock.cluster.fleet", "penstock.cluster.machines", "penstock.cluster.object_store")
+RAY = (
+    "penstock.cluster.fleet",
+    "penstock.cluster.machines",
+    "penstock.cluster.object_store",
+    "penstock.sim.on_ray",
+)
 
 FORBIDDEN = {
     "penstock.sim": ("penstock.engine", "torch"),

@@ -75,7 +75,7 @@ def drive(preset: str, words: tuple[str, ...]) -> dict[str, float]:
         out = Path(folder) / "bench.json"
         with serve(serving(preset, *ROLES)) as url:
             wait_for_both(url)
-            penstock("bench", "--url", url, *LOAD, *words, "--json", str(out))
+            penstock("bench", "--url", url, *LOAD, *words, "--send-slo", "--json", str(out))
         return attained(json.loads(out.read_text(encoding="utf-8")))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 
@@ -35,9 +37,25 @@ def answers(server: Server) -> list[str]:
         return [*found, one.choices[0].text]
 
 
+def long_answer(server: Server, kill_after: int | None = None) -> str:
+    """A greedy text; every decode instance is killed after so many pieces of it."""
+    with server.client() as client:
+        answer = client.completions.create(
+            model="demo", prompt=PROMPTS[1], max_tokens=400, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        pieces = []
+        for number, chunk in enumerate(answer):
+            pieces.append(chunk.choices[0].text)
+            if number == kill_after:
+                for instance in (1, 2):
+                    os.kill(processes(server)[instance], signal.SIGKILL)
+        return "".join(pieces)
+
+
 def test_texts_are_those_of_one_instance() -> None:
     with Server("--dtype", "float32", engine="native") as server:
-        expected = answers(server)
+        expected, expected_long = answers(server), long_answer(server)
     flags = (*ROLES, "--dtype", "float32", "--threads", "1", "--preset", "kairos")
     # The longest prompt takes more than one step, so part of its KV goes ahead.
     flags += ("--stream-kv", "--max-step-tokens", "64")
@@ -47,6 +65,9 @@ def test_texts_are_those_of_one_instance() -> None:
         assert server.metric("kv_hand_offs_total") == len(PROMPTS)
         assert server.metric("kv_hand_off_bytes_total") > 10_000
         assert server.metric("kv_hand_off_seconds_count") == len(PROMPTS)
+        assert long_answer(server, kill_after=20) == expected_long
+        assert server.metric("instance_restarts_total") == 2
+        assert server.metric("kv_hand_offs_total") == len(PROMPTS) + 2
         wait_until(lambda: server.stats()["kv_usage"] == 0)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.config import ClusterConfig, ConfigError, load
+from penstock.config import ConfigError, load
 from penstock.server import backend
+from penstock.settings import ClusterConfig
 
 pytest.importorskip("ray")
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.cluster.machines import room_for
-from penstock.config import ClusterConfig, Config, ConfigError
+from penstock.config import ConfigError
 from penstock.core.types import FinishReason, Role
 from penstock.server.backend import check
+from penstock.settings import ClusterConfig, Config
 from tests.cluster.fakes import Hall
 from tests.cluster.test_front import finish
 

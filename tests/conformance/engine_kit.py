@@ -266,6 +266,39 @@ def recomputes_after_an_eviction(engine: Engine) -> None:
     assert desk.texts["a"] == desk.texts["calm"]
 
 
+def swaps_an_evicted_request(engine: Engine) -> None:
+    """Its KV goes to host memory and back: mid-prompt, while it decodes, and twice in a row."""
+    desk = Desk(engine)
+    desk.open("whole", PROMPT, 9)
+    desk.enter("whole")
+    desk.finish("whole")
+    desk.leave("whole")
+    whole, size = desk.texts["whole"], len(PROMPT)
+    desk.open("out", PROMPT, 9)
+    desk.step(starts=[Start("out", size, ())], chunks=[Chunk("out", 0, 5, samples=False)])
+    desk.step(drops=[Drop("out", final=False, swapped=5)])
+    desk.step(starts=[Start("out", size, (), 5)], chunks=[Chunk("out", 5, size - 5, samples=True)])
+    desk.step(decode=("out",))
+    for _ in range(2):
+        known = len(desk.known("out"))
+        desk.step(drops=[Drop("out", final=False, swapped=known - 1)])
+        desk.open("other", [7] * size, 3)  # takes the blocks meanwhile
+        desk.enter("other")
+        desk.finish("other")
+        desk.leave("other")
+        desk.step(
+            starts=[Start("out", known, (), known - 1)],
+            chunks=[Chunk("out", known - 1, 1, samples=True)],
+        )
+    desk.finish("out")
+    assert desk.texts["out"] == whole
+    desk.leave("out")
+    desk.open("ends", PROMPT, 9)
+    desk.enter("ends")
+    desk.step(drops=[Drop("ends", final=False, swapped=size)])
+    desk.engine.discard("ends")
+
+
 def goes_on_with_what_came_elsewhere(engine: Engine) -> None:
     desk = Desk(engine)
     desk.open("whole", PROMPT, 9)
@@ -447,6 +480,7 @@ CHECKS: tuple[Callable[[Engine], None], ...] = (
     does_not_care_how_a_prompt_is_cut,
     mixes_prefill_and_decode,
     recomputes_after_an_eviction,
+    swaps_an_evicted_request,
     goes_on_with_what_came_elsewhere,
     hands_its_kv_over,
     hands_its_kv_over_in_parts,

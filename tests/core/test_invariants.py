@@ -36,6 +36,7 @@ def machines(draw: st.DrawFn) -> Capabilities:
         max_request_tokens=40,
         depth=draw(st.sampled_from([1, 2, 3])),
         prefix_cache=draw(st.booleans()),
+        swap_tokens=draw(st.sampled_from([0, 25, 1000])),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from penstock.core.memory import prefix_keys
 from penstock.core.policies import presets
 from penstock.core.scheduler import Scheduler
-from penstock.core.types import FinishReason, Request, RequestError, StepResult
+from penstock.core.types import FinishReason, Request, RequestError, Start, StepResult
 from tests.core.drive import capabilities, policy
 from tests.core.hand import Hand
 
@@ -223,6 +223,39 @@ def test_the_latest_arrived_gives_its_memory_back_and_comes_first_again() -> Non
     assert starts[0].tokens == 7, "the prompt, and the two tokens that it had"
     assert [hand.ended[name].output_tokens for name in "abc"] == [7, 7, 7]
     assert [hand.ended[name].evictions for name in "abc"] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("room", "kept"), [(5, 0), (6, 6), (100, 6)])
+def test_what_is_evicted_goes_on_from_host_memory_if_that_has_room(room: int, kept: int) -> None:
+    hand = Hand(replace(TIGHT, swap_tokens=room), "vllm")
+    for name in ("a", "b"):
+        hand.add(name, 5, 7)
+    for _ in range(2):
+        hand.step()
+    plan = hand.step()
+    assert [(drop.id, drop.final, drop.swapped) for drop in plan.drops] == [("b", False, kept)]
+    explained = hand.scheduler.explain("b")
+    assert explained is not None
+    assert (f"KV of {kept} tokens is in host memory" in explained) == (kept > 0)
+    later = hand.finish()
+    assert [start for plan in later for start in plan.starts] == [Start("b", 7, (), kept)]
+    chunks = [chunk for plan in later for chunk in plan.chunks]
+    assert [(chunk.start, chunk.tokens) for chunk in chunks] == [(kept, 7 - kept)]
+    assert hand.ended["b"].output_tokens == 7
+
+
+def test_whoever_ends_while_swapped_leaves_host_memory() -> None:
+    hand = Hand(replace(TIGHT, swap_tokens=6), "vllm")
+    for name in ("a", "b", "c"):
+        hand.add(name, 5, 7)
+    for _ in range(3):
+        hand.step()
+    hand.scheduler.check()
+    assert hand.scheduler.cancel("b")
+    hand.scheduler.check()
+    hand.finish()
+    hand.scheduler.check()
+    assert hand.ended["c"].output_tokens == 7
 
 
 def test_one_evicted_from_a_plan_in_flight_starts_again_with_that_plans_token() -> None:

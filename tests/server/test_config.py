@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from penstock.config import Config, ConfigError, fields, load, to_toml
+from penstock.config import ConfigError, fields, load, to_toml
 from penstock.core.types import OnMiss
 from penstock.server.command import serve
+from penstock.settings import Config
 from tests.server.harness import penstock
 
 

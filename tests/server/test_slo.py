@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.config import BOUNDS, SLOClass
+from penstock.config import BOUNDS
 from penstock.core.types import SLO, OnMiss
 from penstock.server.errors import ApiError
 from penstock.server.slo import MAX_MS, resolve
+from penstock.settings import SLOClass
 from tests.server.harness import Server, long_completion, wait_until
 
 CLASSES = {

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from penstock.sim.capacity import Search, answer, capacities, largest
 from penstock.sim.capacity_command import capacity_command
+from penstock.sim.execute import one_run
 from penstock.sim.interval import interval
-from penstock.sim.spec import RunSpec, one_run
+from penstock.sim.spec import RunSpec
 
 app = cyclopts.App(name="penstock", result_action="return_value")
 app.command(capacity_command, name="capacity")

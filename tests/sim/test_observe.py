@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from penstock.core.policies import presets
+from penstock.sim.execute import simulate_spec
 from penstock.sim.figures import most_held
 from penstock.sim.observe import Observation, observed
 from penstock.sim.run import Run
-from penstock.sim.spec import RunSpec, simulate_spec, workload_of
+from penstock.sim.spec import RunSpec, workload_of
 
 SPEC = RunSpec(
     preset="vllm", input="uniform:8-40", output="uniform:4-20", requests=60, rate=0.6, cap=20,

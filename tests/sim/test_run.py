@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from penstock.core.policies import presets
 from penstock.core.runtime import Runtime
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import Capabilities, Ended, FinishReason, Request
+from penstock.sim.link import Link
 from penstock.sim.run import Job, Seen, run
 from penstock.sim.sources import ClosedLoop, OpenLoop
 from penstock.testing import ScriptedEngine
@@ -99,6 +102,29 @@ def test_memory_is_the_mean_share_over_decode_steps() -> None:
     done = run(OpenLoop([Job("a", 0.0, 10, 4, 9)]), machine, presets.build("vllm"), DecodeSteps())
     # Decode steps hold 11, 12 and 13 tokens.
     assert done.memory == pytest.approx(0.12)
+
+
+def test_swapping_takes_the_time_of_the_bus_both_ways() -> None:
+    machine = Capabilities(
+        kv_blocks=20, block_size=1, max_batch=2, max_step_tokens=50, max_request_tokens=60,
+        swap_tokens=100,
+    )  # fmt: skip
+    jobs = [Job(name, 0.0, 5, 12, 12) for name in "ab"]
+
+    def seconds(bandwidth: float) -> float:
+        bus = Link(10, bandwidth)
+        done = run(OpenLoop(jobs), machine, presets.build("vllm"), LATENCY, bus=bus)
+        assert (done.evictions, done.swapped_tokens) == (1, 10)
+        assert all(record.ended.output_tokens == 12 for record in done.records)
+        return done.seconds
+
+    # 10 tokens of 10 bytes each, out and in.
+    assert seconds(100.0) - seconds(1e12) == pytest.approx(2.0)
+    # Recomputing is a step with 11 tokens of prompt; going on is one with a single one.
+    again = run(
+        OpenLoop(jobs), replace(machine, swap_tokens=0), presets.build("vllm"), LATENCY
+    ).seconds
+    assert again - seconds(1e12) == pytest.approx(10 * 1e-5, rel=1e-4)
 
 
 def test_jobs_out_of_order_and_bad_coefficients_are_refused() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from penstock.sim.spec import RunSpec, digest_of, jobs_of, one_run, workload_of
+from penstock.sim.execute import one_run
+from penstock.sim.spec import RunSpec, digest_of, jobs_of, workload_of
 
 SMALL = RunSpec(
     preset="past-future",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cyclopts
@@ -17,11 +18,12 @@ import polars as pl
 import pytest
 
 from penstock.sim.command import MachineOptions, RequestOptions
+from penstock.sim.execute import one_run
 from penstock.sim.grid import grid, parse_axes, parse_axis
 from penstock.sim.interval import interval, ratio, student_t
 from penstock.sim.parallel import outcomes
 from penstock.sim.profiles import find
-from penstock.sim.spec import RunSpec, one_run
+from penstock.sim.spec import RunSpec
 from penstock.sim.sweep import CELLS, Cell, groups, sweep
 from penstock.sim.sweep_command import sweep_command
 
@@ -30,6 +32,7 @@ app.command(sweep_command, name="sweep")
 BASE = "--input 8-40 --output 4-20 --requests 40 --kv-tokens 300 --max-batch 16 --steps-only"
 LOADS = "--slo ttft=30,gap=3 --over rate=0.2,0.6 --over seed=0-1"
 
+HERE = partial(outcomes, workers=1)
 REQUESTS = RequestOptions(input="8-40", output="4-20", requests=30, rate=0.5)
 MACHINE = MachineOptions(kv_tokens=300, max_batch=16, steps_only=True)
 
@@ -114,16 +117,16 @@ def test_results_are_those_of_single_runs_and_are_kept(
 
 def test_only_what_is_missing_is_run(tmp_path: Path) -> None:
     specs = grid(REQUESTS, MACHINE, parse_axes(["seed=0-3"]))
-    first = sweep(specs[:2], tmp_path, 1)
+    first = sweep(specs[:2], tmp_path, HERE)
     with (tmp_path / CELLS).open("ab") as file:
         file.write(b'{"key":"cut off by an interr')  # no line's end
     told: list[Cell] = []
-    cells = sweep(specs, tmp_path, 1, on_cell=told.append)
+    cells = sweep(specs, tmp_path, HERE, on_cell=told.append)
     assert cells[:2] == first
     assert [cell.at for cell in told[:2]] == [cell.at for cell in first]
     assert len((tmp_path / CELLS).read_bytes().splitlines()) == 4
-    assert sweep(specs, tmp_path, 1) == cells
-    assert sweep(specs[:1], tmp_path, 1, fresh=True)[0].at > cells[0].at
+    assert sweep(specs, tmp_path, HERE) == cells
+    assert sweep(specs[:1], tmp_path, HERE, fresh=True)[0].at > cells[0].at
 
 
 def test_a_run_that_fails_is_reported_and_tried_again(
@@ -195,9 +198,9 @@ def test_two_sweeps_do_not_share_a_folder_at_once_and_other_files_are_refused(
     def another(cell: Cell) -> None:
         del cell
         with pytest.raises(ValueError, match="another sweep is writing"):
-            sweep(specs, tmp_path, 1)
+            sweep(specs, tmp_path, HERE)
 
-    sweep(specs, tmp_path, 1, on_cell=another)
+    sweep(specs, tmp_path, HERE, on_cell=another)
     (tmp_path / CELLS).write_text("something else\n")
     assert penstock(f"{BASE} --rate 0.5 --out {tmp_path}") == 2
     assert "cells.jsonl: line 1 is no cell" in capsys.readouterr().err
@@ -219,17 +222,17 @@ def test_another_profile_under_the_same_name_is_another_run(tmp_path: Path) -> N
     usual.save(path)
     machine = MachineOptions(kv_tokens=300, max_batch=16, profile=str(path))
     specs = grid(REQUESTS, machine)
-    (first,) = sweep(specs, tmp_path, 1)
+    (first,) = sweep(specs, tmp_path, HERE)
     coefficients = {name: 2 * value for name, value in usual.coefficients.items()}
     msgspec.structs.replace(usual, coefficients=coefficients).save(path)
-    (slower,) = sweep(specs, tmp_path, 1)
+    (slower,) = sweep(specs, tmp_path, HERE)
     assert slower.key != first.key
     assert slower.result.latency["tpot"]["mean"] > 1.5 * first.result.latency["tpot"]["mean"]
 
 
 def test_groups_hold_the_seeds_of_a_point(tmp_path: Path) -> None:
     specs = grid(REQUESTS, MACHINE, parse_axes(["rate=0.2,0.6", "seed=0-3"]))
-    cells = sweep(specs, tmp_path, 1)
+    cells = sweep(specs, tmp_path, HERE)
     first, second = groups(cells)
     assert first.seeds == second.seeds == (0, 1, 2, 3)
     assert (first.spec.rate, second.spec.rate) == (0.2, 0.6)
@@ -246,3 +249,26 @@ def test_intervals_are_students() -> None:
     assert student_t(40) == pytest.approx(2.0211, abs=1e-3)
     same = ratio([2.0, 4.0], [1.0, 2.0])
     assert same == pytest.approx((2, 2, 2))
+
+
+def test_runs_on_ray_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray")
+    words = f"--preset past-future,vllm {BASE} --slo ttft=30 --over seed=0-1 --json -"
+    assert penstock(f"{words} --out {tmp_path / 'here'} --jobs 1") == 0
+    here = json.loads(capsys.readouterr().out)["cells"]
+    assert penstock(f"{words} --out {tmp_path / 'there'} --ray local") == 0
+    there = json.loads(capsys.readouterr().out)["cells"]
+    assert without_time(there) == without_time(here)
+    assert penstock(f"{words} --out {tmp_path / 'there'} --ray 127.0.0.1:1") == 0, "all is done"
+    assert len(json.loads(capsys.readouterr().out)["cells"]) == 4
+
+
+def test_a_ray_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    words = f"--preset vllm {BASE} --over seed=0-1 --out {tmp_path}"
+    assert penstock(f"{words} --ray 127.0.0.1:1") == 2
+    assert "penstock sweep: --ray 127.0.0.1:1: " in capsys.readouterr().err
+    assert penstock(f"{words} --ray local --jobs 2") == 2
+    assert "--jobs 2: with --ray, Ray says how many run at a time" in capsys.readouterr().err

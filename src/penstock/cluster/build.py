@@ -12,12 +12,12 @@ import numpy as np
 from penstock.cluster.front import Front
 from penstock.cluster.parcels import Parcel
 from penstock.cluster.stories import InstanceObserver
-from penstock.config import Config
 from penstock.core.policies.back_pressure import BackPressure
 from penstock.core.policies.fleets import build_fleet
 from penstock.server.factories import EngineSpec
 from penstock.server.messages import Command, Event, Ready
 from penstock.server.supervisor import Backend, Listener, Supervisor
+from penstock.settings import Config
 
 
 class OneProcess:

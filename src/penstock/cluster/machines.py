@@ -9,12 +9,17 @@ from typing import NamedTuple
 
 import ray
 
-from penstock.config import ClusterConfig, ConfigError
+from penstock.config import ConfigError
+from penstock.settings import ClusterConfig
 
 # About the least that Ray takes: only hand-offs go through its object store.
 _STORE_BYTES = 100 << 20
 _HAND_OFF_BYTES = 1 << 30
 _PATIENCE = 5.0
+
+
+class RayUnavailableError(RuntimeError):
+    """Ray cannot be reached, or started."""
 
 
 class Room(NamedTuple):
@@ -39,19 +44,10 @@ def connect(cluster: ClusterConfig) -> Room:
     """
     address = cluster.ray_address
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_HAND_OFF_BYTES if cluster.prefill else _STORE_BYTES,
-                logging_level=logging.WARNING,
-            )
-        else:
-            _reach(address)
-            ray.init(address=address, logging_level=logging.WARNING)
-    except (OSError, RuntimeError, ValueError) as error:
-        where = "Ray cannot be started" if address is None else f"--ray-address {address}"
-        msg = f"{where}: {str(error).strip().splitlines()[0]}"
+        join(address, _HAND_OFF_BYTES if cluster.prefill else _STORE_BYTES)
+    except RayUnavailableError as error:
+        where = "" if address is None else f"--ray-address {address}: "
+        msg = f"{where}{error}"
         raise ConfigError(msg) from None
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     try:
@@ -59,6 +55,32 @@ def connect(cluster: ClusterConfig) -> Room:
     except ConfigError:
         ray.shutdown()
         raise
+
+
+def join(address: str | None, store_bytes: int = _STORE_BYTES) -> None:
+    """Join the cluster at an address, or start Ray on this machine.
+
+    Args:
+        store_bytes: of the object store, where Ray is started.
+
+    Raises:
+        RayUnavailableError: it cannot be reached, or started; says why.
+    """
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=store_bytes,
+                logging_level=logging.WARNING,
+            )
+        else:
+            _reach(address)
+            ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        what = "Ray cannot be started: " if address is None else ""
+        msg = what + str(error).strip().splitlines()[0]
+        raise RayUnavailableError(msg) from None
 
 
 def _reach(address: str) -> None:

@@ -190,7 +190,8 @@ class Admission:
         keys = entry.request.prefix[:cached]
         if candidate.evictions == 0 and draft.now > entry.waited_since:
             self.wait.admitted(draft.now)
+        imported = entry.imported
         books.start(entry, blocks_for(entry.total, books.ledger.block_size) - cached, keys)
         self.admissions += 1
-        draft.starts.append(Start(entry.request.id, entry.total, keys, entry.imported))
+        draft.starts.append(Start(entry.request.id, entry.total, keys, imported))
         draft.chunk(entry)

@@ -73,6 +73,7 @@ class Books:
         self.evictions = 0
         self.prefill_per_step = 1
         self.reserved = 0
+        self.swapped = 0
         self.block_steps = 0
 
     @property
@@ -93,6 +94,7 @@ class Books:
         entry.move(State.PREFILL)
         entry.published = len(keys)
         entry.computed = max(len(keys) * self.ledger.block_size, entry.imported)
+        self._forget_swapped(entry)
         entry.last_plan = self.number + 1
         entry.why = ""
         self.prefill[entry.request.id] = entry
@@ -115,8 +117,14 @@ class Books:
         return steps if to_cap is None else min(steps, to_cap - 1)
 
     def evict(self, entry: Entry, now: float) -> Drop:
-        """Take a running request's memory; it waits again."""
+        """Take a running request's memory; it waits again.
+
+        Its KV goes to host memory if there is room for all of it.
+        """
         self._stop_running(entry)
+        if self.swapped + entry.computed <= self.capabilities.swap_tokens:
+            entry.swapped = entry.computed
+            self.swapped += entry.swapped
         self.ledger.give_back(entry.holding)
         self.releases += 1
         self.evictions += 1
@@ -127,7 +135,11 @@ class Books:
         entry.why = "evicted: KV memory overflowed"
         self.queue.push(entry)
         self.deadlines.evicted(entry, now)
-        return Drop(entry.request.id, final=False)
+        return Drop(entry.request.id, final=False, swapped=entry.swapped)
+
+    def _forget_swapped(self, entry: Entry) -> None:
+        self.swapped -= entry.swapped
+        entry.swapped = 0
 
     def sampled(self, entry: Entry) -> bool:
         """A request's last chunk was planned; True if its token is its last, by the cap."""
@@ -187,6 +199,7 @@ class Books:
             del self.draining[request_id]
         else:
             self.queue.remove(entry)
+            self._forget_swapped(entry)
         entry.move(State.ENDED)
         del self.entries[request_id]
         ended = Ended(request_id, reason, output_tokens, entry.evictions, detail)
@@ -282,6 +295,8 @@ class Books:
     def check(self) -> None:
         """Raise AssertionError if the books contradict themselves."""
         self.ledger.check()
+        assert self.swapped == sum(entry.swapped for entry in self.entries.values())
+        assert self.swapped <= self.capabilities.swap_tokens
         live = len(self.queue) + self.running + len(self.draining)
         assert live == len(self.entries), f"{live} requests are somewhere, of {len(self.entries)}"
         if not self.entries and not self.leaving.lingering:

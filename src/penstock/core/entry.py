@@ -31,6 +31,7 @@ class Entry:
         last_plan: number of the last plan that names it; while it decodes, not kept up to date.
         waited_since: when it last entered the waiting queue.
         most_blocks: blocks for its prompt and its cap.
+        swapped: tokens whose KV an eviction left in host memory.
         floor: output tokens that it surely has; kept where it sat out of decode steps.
         first_at: when its first token came, in seconds; None: it has none, or nobody asked.
         latest_at: when its latest token came, while it sits out of decode steps.
@@ -53,6 +54,7 @@ class Entry:
     evictions: int = 0
     why: str = ""
     most_blocks: int = 0
+    swapped: int = 0
     floor: int = 0
     first_at: float | None = None
     latest_at: float = 0.0
@@ -66,7 +68,7 @@ class Entry:
     @property
     def imported(self) -> int:
         """Tokens whose KV comes along when it starts."""
-        return 0 if self.evictions else self.request.computed
+        return self.swapped if self.evictions else self.request.computed
 
     def move(self, state: State) -> None:
         """Change state; raises on an illegal move."""

@@ -267,7 +267,8 @@ class Scheduler:
             why = entry.why
             if head is not None and head is not entry and self.policy.rank is None:
                 why = f"behind {head.request.id}" + (f" ({head.why})" if head.why else "")
-            return f"{entry.state}: {why or 'not considered yet'}"
+            swapped = f"; KV of {entry.swapped} tokens is in host memory" * (entry.swapped > 0)
+            return f"{entry.state}: {why or 'not considered yet'}{swapped}"
         done = books.output_tokens(entry)
         if entry.state is State.PREFILL:
             return f"{entry.state}: {entry.computed} of {entry.total} tokens computed"

@@ -154,6 +154,7 @@ class Capabilities:
         prefix_cache: whether blocks can be shared between requests.
         max_repeat: how often it can run one plan before it asks for the next (decode only);
             more than 1 needs a depth of 1.
+        swap_tokens: tokens of evicted requests whose KV it can keep in host memory.
     """
 
     kv_blocks: int
@@ -164,6 +165,7 @@ class Capabilities:
     depth: int = 1
     prefix_cache: bool = False
     max_repeat: int = 1
+    swap_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -171,6 +173,9 @@ class Capabilities:
             if value < 1:
                 msg = f"capabilities.{name} is {value}; it must be at least 1"
                 raise ValueError(msg)
+        if self.swap_tokens < 0:
+            msg = f"capabilities.swap_tokens is {self.swap_tokens}; it must be at least 0"
+            raise ValueError(msg)
         if self.max_repeat > 1 and self.depth > 1:
             msg = f"capabilities.max_repeat is {self.max_repeat}; it must be 1 with a depth above 1"
             raise ValueError(msg)
@@ -184,14 +189,16 @@ class Capabilities:
 class Drop(NamedTuple):
     """Give back all KV of a request before the step runs.
 
-    ``final`` is False for an eviction (the request will start again and
-    recompute).  ``publish`` names blocks of the request that stay behind as
-    prefix cache: pairs of (index of the block in the request, its key).
+    ``final`` is False for an eviction: the request will start again, and recompute, or go on from
+    the KV of its first ``swapped`` tokens, of which the engine takes a copy to host memory as its
+    payload's KV.  ``publish`` names blocks of the request that stay behind as prefix cache: pairs
+    of (index of the block in the request, its key).
     """
 
     id: RequestId
     final: bool
     publish: tuple[tuple[int, PrefixKey], ...] = ()
+    swapped: int = 0
 
 
 class Start(NamedTuple):

@@ -20,6 +20,7 @@ def plan_capabilities(
     max_step_tokens: int,
     max_request_tokens: int | None,
     prefix_cache: bool,
+    swap_tokens: int,
     memory_share: float = 1.0,
 ) -> Capabilities:
     """Check settings against a model and fill in those that were left open.
@@ -58,4 +59,5 @@ def plan_capabilities(
         max_step_tokens=max_step_tokens,
         max_request_tokens=min(longest, kv_tokens),
         prefix_cache=prefix_cache,
+        swap_tokens=swap_tokens,
     )

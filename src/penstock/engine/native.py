@@ -84,6 +84,7 @@ class NativeEngine:
         dtype: str = "auto",
         device: str = "auto",
         prefix_cache: bool = True,
+        swap_tokens: int = 0,
         threads: int | None = None,
         memory_share: float = 1.0,
     ) -> NativeEngine:
@@ -93,19 +94,18 @@ class NativeEngine:
             model: a folder, a name on the Hugging Face hub, or ``demo``.
             kv_tokens: KV memory in tokens; None: a share of what is free.
             block_size: tokens per KV block.
-            max_batch: most requests in one step.
-            max_step_tokens: most tokens computed in one step.
+            max_batch, max_step_tokens: most requests, and most tokens computed, in one step.
             max_request_tokens: most prompt plus output tokens of one; None: the model's limit.
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             prefix_cache: whether requests may share the KV of equal beginnings.
+            swap_tokens: tokens of evicted requests' KV that are kept in host memory.
             threads: CPU threads of this process; None: PyTorch's choice.
-            memory_share: of the memory that KV may take where ``kv_tokens`` is None, in (0, 1];
-                the rest is for engines beside this one.
+            memory_share: of the memory for KV where ``kv_tokens`` is None, in (0, 1].
 
         Raises:
             CheckpointError, UnsupportedModelError: the model cannot be loaded, or not be run.
-            ValueError: a setting is out of range, or more than the model can do.
+            ValueError: a setting is out of range.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -118,6 +118,7 @@ class NativeEngine:
             max_step_tokens=max_step_tokens,
             max_request_tokens=max_request_tokens,
             prefix_cache=prefix_cache,
+            swap_tokens=swap_tokens,
             memory_share=memory_share,
         )
         return cls(loaded, capabilities)
@@ -260,6 +261,9 @@ class NativeEngine:
             row = self._rows.row(drop.id)
             for index, key in drop.publish:
                 self._rows.publish(row, index, key)
+            if drop.swapped:
+                opened = self._opened[drop.id]
+                opened.work = opened.work._replace(kv=self.take_kv(drop.id, 0, drop.swapped))
             tokens = self._rows.drop(drop.id)
             self._broken.pop(drop.id, None)
             if drop.final:

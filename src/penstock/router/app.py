@@ -11,7 +11,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from penstock.config import HttpConfig
 from penstock.router.service import Service, refused
 from penstock.server.answers import (
     error_response,
@@ -23,6 +22,7 @@ from penstock.server.answers import (
 from penstock.server.errors import ApiError
 from penstock.server.metrics import CONTENT_TYPE
 from penstock.server.requests import headers_of
+from penstock.settings import HttpConfig
 
 LIMITS = HttpConfig()
 """How large requests may be: as large as the server's are by default."""

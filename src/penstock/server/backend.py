@@ -9,11 +9,12 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from penstock.config import ClusterConfig, Config, ConfigError
+from penstock.config import ConfigError
 from penstock.core.policies.fleets import FLEETS, SLICE_PARAMETERS, Fleet, build_fleet
 from penstock.server.factories import EngineSpec, build_policy
 from penstock.server.metrics import Metrics
 from penstock.server.supervisor import Backend, Listener, Supervisor
+from penstock.settings import ClusterConfig, Config
 from penstock.text.tokenizer import TextTokenizer
 
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Optional
 
 from cyclopts import Parameter
 
-from penstock.config import SLO_FORM, Config, ConfigError, fields, load, to_toml
+from penstock.config import SLO_FORM, ConfigError, fields, load, to_toml
+from penstock.settings import Config
 
 
 def serve(model: str | None = None, **given: Any) -> int:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from penstock.config import Config
 from penstock.core.engine import KV, Engine, Ticket
 from penstock.core.policies import presets
 from penstock.core.policies.base import Policy
 from penstock.core.scheduler import Scheduler
 from penstock.core.types import Capabilities, StepResult
+from penstock.settings import Config
 from penstock.sim.recording import RecordingEngine, StepFile, StepRecord
 
 if TYPE_CHECKING:
@@ -200,4 +200,5 @@ def _made_up(spec: EngineSpec) -> Capabilities:
         max_step_tokens=int(spec.options["max_step_tokens"]),
         max_request_tokens=int(spec.options.get("max_request_tokens", kv_tokens)),
         prefix_cache=bool(spec.options["prefix_cache"]),
+        swap_tokens=int(spec.options.get("swap_tokens", 0)),
     )

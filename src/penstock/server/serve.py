@@ -13,7 +13,6 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from penstock.config import Config
 from penstock.core.gate import Limits
 from penstock.core.policies import presets
 from penstock.server.app import build_app
@@ -25,6 +24,7 @@ from penstock.server.messages import Event, Ready
 from penstock.server.metrics import Metrics
 from penstock.server.service import Service
 from penstock.server.supervisor import EngineStartError
+from penstock.settings import Config
 from penstock.text.tokenizer import TextTokenizer
 
 _LAST_WORDS = 1.0  # for errors to reach their clients

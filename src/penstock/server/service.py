@@ -13,7 +13,6 @@ from typing import Any
 import structlog
 
 from penstock import __version__
-from penstock.config import Config
 from penstock.core.engine import Work
 from penstock.core.types import Request
 from penstock.server.choice import Choice, Mailbox, Times, met
@@ -31,6 +30,7 @@ from penstock.server.requests import (
 )
 from penstock.server.shapes import ChatShape, CompletionShape, Shape
 from penstock.server.slo import Promise, resolve
+from penstock.settings import Config
 from penstock.text.stream import TextStream
 from penstock.text.tokenizer import TextTokenizer
 

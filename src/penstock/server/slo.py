@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from penstock.config import BOUNDS, SLOClass
+from penstock.config import BOUNDS
 from penstock.core.types import SLO, OnMiss
 from penstock.server.errors import invalid
+from penstock.settings import SLOClass
 
 DEFAULT_CLASS = "default"
 MAX_MS = 86_400_000.0

@@ -24,9 +24,10 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from penstock.bench.workload import parse_slo
+from penstock.sim.execute import one_run
 from penstock.sim.interval import Interval, interval, ratio
 from penstock.sim.parallel import outcomes
-from penstock.sim.spec import RunSpec, SpecError, one_run
+from penstock.sim.spec import RunSpec, SpecError
 
 Searched: TypeAlias = Literal["rate", "clients", "speed", "instances"]
 

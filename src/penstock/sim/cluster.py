@@ -73,6 +73,7 @@ def run_cluster(
     padded: bool = False,
     link: Link | None = None,
     stream: bool = False,
+    bus: Link | None = None,
 ) -> ClusterRun:
     """Simulate until the source has no more jobs and all have ended.
 
@@ -84,11 +85,12 @@ def run_cluster(
         padded: instances run static batches as rectangles.
         link: between prefill and decode instances; None: KV takes no time.
         stream: it crosses chunk by chunk, while the prefill goes on.
+        bus: of each instance to its host memory, for what is swapped.
     """
     with no_collections():
         return _Cluster(
             source, capabilities, roles, make_policy, latency, dispatcher, padded=padded, link=link,
-            stream=stream,
+            stream=stream, bus=bus,
         ).run()  # fmt: skip
 
 
@@ -105,13 +107,14 @@ class _Cluster:
         padded: bool,
         link: Link | None,
         stream: bool,
+        bus: Link | None,
     ) -> None:
         self._source = source
         self._dispatcher = dispatcher
         self._instances: list[_Instance] = []
         for number, role in enumerate(roles):
             clock = VirtualClock()
-            engine = SimEngine(capabilities, latency, clock, padded=padded)
+            engine = SimEngine(capabilities, latency, clock, padded=padded, bus=bus)
             scheduler = Scheduler(engine.capabilities, make_policy(number))
             runtime = Runtime(scheduler, engine, clock)
             self._instances.append(_Instance(number, engine, runtime, clock, role))
@@ -309,6 +312,7 @@ class _Cluster:
             memory=memory,
             evictions=scheduler.evictions,
             cached_tokens=instance.engine.cached_tokens,
+            swapped_tokens=instance.engine.swapped_tokens,
             batches=box.batches if box else [],
             pad_tokens=box.pad_tokens if box else 0,
             invalid_tokens=box.invalid_tokens if box else 0,

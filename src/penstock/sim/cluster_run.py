@@ -23,6 +23,7 @@ class InstanceRun:
         memory: mean share of its KV memory in use over decode steps.
         evictions: in all.
         cached_tokens: tokens with which requests began because they were in the prefix cache.
+        swapped_tokens: tokens whose KV went to host memory.
         batches: requests of each static batch; empty if it pads nothing.
         pad_tokens, invalid_tokens: see :class:`penstock.sim.padding.Rectangle`.
         role: what it is for.
@@ -35,6 +36,7 @@ class InstanceRun:
     memory: float
     evictions: int
     cached_tokens: int
+    swapped_tokens: int
     batches: list[int]
     pad_tokens: int
     invalid_tokens: int
@@ -75,7 +77,7 @@ class ClusterRun:
         return [
             Run(
                 [] if number else self.records, each.ticks, self.seconds, each.steps, each.memory,
-                each.evictions, each.cached_tokens,
+                each.evictions, each.cached_tokens, each.swapped_tokens,
             )
             for number, each in enumerate(self.instances)
         ]  # fmt: skip

@@ -84,6 +84,9 @@ class MachineOptions:
         block_size: Tokens per KV block.
         prefix_cache: Compute blocks that the trace's requests share only once. Needs a trace
             that says which (Mooncake), and a block size that divides its blocks.
+        swap_tokens: Tokens of evicted requests whose KV is kept in host memory; the others are
+            computed again.
+        swap_bandwidth: Of the bus to it, in GB/s.
         max_batch: Most requests in a step.
         prefill_budget: Most tokens in a step; prompts are cut into chunks that fit.
         profile: Step times: the name of a model and GPU, or a profile's file.
@@ -93,7 +96,8 @@ class MachineOptions:
             preset does it.
         prefill: Instances for prompts only, with --decode ones for all that follows.
         decode: Instances that go on from the KV that the --prefill ones computed.
-        kv_bytes_per_token: What the KV of a token weighs on its way between them.
+        kv_bytes_per_token: What the KV of a token weighs on its way to another instance or to host
+            memory.
         link_bandwidth: Of the link into a decode instance, in GB/s.
         link_latency: Of a transfer, in seconds.
         stream_kv: KV crosses after each prompt chunk instead of at the end of the prefill.
@@ -114,6 +118,8 @@ class MachineOptions:
     kv_tokens: int | None = None
     block_size: int = 1
     prefix_cache: bool = False
+    swap_tokens: int = 0
+    swap_bandwidth: float = 25.0
     max_batch: int = 1024
     prefill_budget: int = 2048
     profile: str | None = None
@@ -221,8 +227,10 @@ def specs_of(asked: RequestOptions, given: MachineOptions) -> list[RunSpec]:
 
 
 def _instances(given: MachineOptions) -> dict[str, Any]:
-    """How many, for what, and what is between them."""
+    """How many, for what, and what is between them and behind each."""
     return {
+        "swap_tokens": given.swap_tokens,
+        "swap_bandwidth": given.swap_bandwidth * 1e9,
         "instances": given.instances,
         "prefill": given.prefill,
         "decode": given.decode,

@@ -19,6 +19,7 @@ from penstock.core.loads import load_of
 from penstock.core.types import Capabilities, Drop, RequestId, StepPlan, StepResult, Token
 from penstock.sim.clock import VirtualClock
 from penstock.sim.kv import SimKV
+from penstock.sim.link import Link
 from penstock.sim.padding import Rectangle
 from penstock.sim.ticks import TickTimes
 from penstock.sim.track import Track
@@ -54,12 +55,14 @@ class SimEngine:
         latency: durations of its steps.
         clock: advanced when a step is collected.
         padded: it runs batches as rectangles; for policies with static batches only.
+        bus: to host memory, for what is swapped; None: that takes no time.
 
     Attributes:
         ticks: when decode steps ended.
         plan: the latest one.
         cached_tokens: tokens with which requests began because they were in the prefix cache.
         wake_at: it comes back for a plan after the first step that ends then or later.
+        swapped_tokens: tokens whose KV went to host memory.
         rectangle: the static batch that runs, if ``padded``.
 
     Raises:
@@ -73,6 +76,7 @@ class SimEngine:
         clock: VirtualClock,
         *,
         padded: bool = False,
+        bus: Link | None = None,
     ) -> None:
         if capabilities.depth != 1:
             msg = f"capabilities.depth is {capabilities.depth}; a simulated engine has depth 1"
@@ -85,6 +89,8 @@ class SimEngine:
         self.wake_at = math.inf
         self.rectangle = Rectangle() if padded else None
         self._latency = latency
+        self._bus = bus
+        self.swapped_tokens = 0
         self._clock = clock
         self._tracks: dict[RequestId, Track] = {}
         self._decoding: dict[RequestId, Track] = {}
@@ -141,6 +147,7 @@ class SimEngine:
     def submit(self, plan: StepPlan) -> Ticket:
         """Carry a plan out; its time passes when it is collected."""
         self.plan = plan
+        swapped = self._swapped(plan) if self.capabilities.swap_tokens else 0
         for drop in plan.drops:
             self._drop(drop)
         if self.capabilities.prefix_cache:
@@ -151,10 +158,12 @@ class SimEngine:
         if plan.decode:
             self._decode_only(plan.decode)
         began, steps, increase = self._clock.now, 1, 0.0
-        if plan.repeat > 1:
+        if plan.repeat > 1 and not swapped:
             steps, first, increase = self._stretch(plan, began)
         else:
             first = self._seconds(plan)
+        if swapped and self._bus:
+            first += self._bus.seconds(swapped)
         self._running = _Running(plan, began, steps, first, increase)
         return Ticket(plan.number)
 
@@ -219,6 +228,19 @@ class SimEngine:
             return self._latency.seconds(StepLoad(decoding, context, longest=longest))
         spans = ((chunk.start, chunk.tokens) for chunk in plan.chunks)
         return self._latency.seconds(load_of(decoding, context, longest, spans))
+
+    def _swapped(self, plan: StepPlan) -> int:
+        """Tokens whose KV goes to host memory or comes from there, before a plan's step."""
+        out = sum([drop.swapped for drop in plan.drops])
+        tokens = out
+        for start in plan.starts:
+            track = self._tracks[start.id]
+            tokens += track.swapped
+            track.swapped = 0
+        for drop in plan.drops:
+            self._tracks[drop.id].swapped = drop.swapped
+        self.swapped_tokens += out
+        return tokens
 
     def _attended(self, plan: StepPlan) -> tuple[int, int]:
         """Requests that a decode step computes, and the KV tokens that they attend to."""

@@ -52,7 +52,7 @@ class Disaggregated(NamedTuple):
         return replace(dispatch, back_pressure=held)
 
 
-def simulate_fleet(
+def simulate_fleet(  # noqa: PLR0913 - each is a setting of its own
     preset: str,
     source: Source,
     capabilities: Capabilities,
@@ -64,6 +64,7 @@ def simulate_fleet(
     parameters: Mapping[str, float | None],
     padded: bool = False,
     cap: int,
+    bus: Link | None = None,
 ) -> ClusterRun:
     """Simulate a preset until the source has no more jobs and all have ended.
 
@@ -73,6 +74,7 @@ def simulate_fleet(
         place: instead of the preset's; None for an instance preset: in turn.
         cap: what policies are told of output lengths.
         padded: instances run static batches as rectangles, the prompts of one in one step.
+        bus: of each to its host memory, if it keeps KV of evicted requests there.
 
     Raises:
         ValueError: an unknown name, or a value out of range; it names the parameter.
@@ -85,22 +87,25 @@ def simulate_fleet(
     apart, count = (None, instances) if isinstance(instances, int) else (instances, 0)
     dispatch = apart.held_back(fleet.dispatch, seed) if apart else fleet.dispatch
     dispatcher = _dispatcher(dispatch, latency, capabilities.max_batch)
-    if padded:
-        room = capabilities.max_batch * capabilities.max_request_tokens
-        capabilities = replace(capabilities, max_step_tokens=room)
-    options: dict[str, Any] = dict(fleet.parameters)
+    capabilities = _all_prompts_at_once(capabilities) if padded else capabilities
     # Each instance draws for itself.
+    options: dict[str, Any] = dict(fleet.parameters, profile=latency)
     return run_cluster(
         source,
         capabilities,
         apart.roles if apart else [Role.MIXED] * count,
-        lambda i: presets.build(fleet.preset, seed=(seed << 16) + i, profile=latency, **options),
+        lambda i: presets.build(fleet.preset, seed=(seed << 16) + i, **options),
         latency,
         dispatcher,
         padded=padded,
         link=apart.link if apart else None,
         stream=apart is not None and apart.stream,
+        bus=bus,
     )
+
+
+def _all_prompts_at_once(machine: Capabilities) -> Capabilities:
+    return replace(machine, max_step_tokens=machine.max_batch * machine.max_request_tokens)
 
 
 def _dispatcher(policy: DispatchPolicy, latency: LatencyModel, max_batch: int) -> Dispatcher:

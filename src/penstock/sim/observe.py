@@ -25,8 +25,9 @@ from penstock.core.policies.base import Policy, SharePolicy, Split
 from penstock.core.scheduler import Scheduler
 from penstock.core.snapshot import Snapshot
 from penstock.core.types import FinishReason, RequestId
+from penstock.sim.execute import simulate_spec
 from penstock.sim.run import Run, Seen
-from penstock.sim.spec import RunSpec, policy_of, simulate_spec
+from penstock.sim.spec import RunSpec, policy_of
 from penstock.sim.study import COLD_START
 
 _SCENARIOS = 10

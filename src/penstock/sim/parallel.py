@@ -52,7 +52,7 @@ def outcomes(work: Work, jobs: Sequence[bytes], workers: int) -> Iterator[Outcom
         raise ValueError(msg)
     if workers == 1 or len(jobs) == 1:
         for index, job in enumerate(jobs):
-            yield Outcome(index, *_guarded(work, job))
+            yield Outcome(index, *guarded(work, job))
         return
     waiting = deque(range(len(jobs)))
     suspects: list[int] = []
@@ -62,7 +62,7 @@ def outcomes(work: Work, jobs: Sequence[bytes], workers: int) -> Iterator[Outcom
     for index in suspects:
         with _pool(1) as pool:
             try:
-                yield Outcome(index, *pool.submit(_guarded, work, jobs[index]).result())
+                yield Outcome(index, *pool.submit(guarded, work, jobs[index]).result())
             except BrokenProcessPool:
                 yield Outcome(index, None, "its process died; perhaps it was out of memory")
 
@@ -81,7 +81,7 @@ def _until_broken(
         try:
             # No more than can run: what is under way when a process dies is run again.
             while waiting and len(flying) < workers:
-                future = pool.submit(_guarded, work, jobs[waiting[0]])
+                future = pool.submit(guarded, work, jobs[waiting[0]])
                 flying[future] = waiting.popleft()
         except BrokenProcessPool:
             suspects.extend(flying.values())
@@ -124,7 +124,8 @@ def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _guarded(work: Work, job: bytes) -> tuple[bytes | None, str | None]:
+def guarded(work: Work, job: bytes) -> tuple[bytes | None, str | None]:
+    """A job's value, or the words of the error that ended it."""
     try:
         return work(job), None
     except (ValueError, OSError) as error:

@@ -54,6 +54,7 @@ class RunResult(msgspec.Struct, frozen=True):
     latency: dict[str, dict[str, float]]
     classes: dict[str, ClassResult]
     notes: tuple[str, ...] = ()
+    swapped_tokens: int = 0
 
 
 def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResult:
@@ -89,6 +90,7 @@ def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResu
         latency={name: dict(row) for name, row in summary.percentiles.items()},
         classes=_classes(summary),
         notes=notes,
+        swapped_tokens=sum(each.swapped_tokens for each in runs),
     )
 
 

@@ -18,6 +18,7 @@ from penstock.core.scheduler import Scheduler
 from penstock.core.types import SLO, Capabilities, Ended, OnMiss, Request, RequestId, StepPlan
 from penstock.sim.clock import VirtualClock
 from penstock.sim.engine import SimEngine
+from penstock.sim.link import Link
 from penstock.sim.ticks import TickTimes
 from penstock.sim.track import Track
 
@@ -102,6 +103,7 @@ class Run:
         memory: mean share of the KV memory in use over decode steps.
         evictions: in all.
         cached_tokens: tokens with which requests began because they were in the prefix cache.
+        swapped_tokens: tokens whose KV went to host memory.
     """
 
     records: list[Record]
@@ -111,6 +113,7 @@ class Run:
     memory: float
     evictions: int
     cached_tokens: int = 0
+    swapped_tokens: int = 0
 
     @property
     def decode_steps(self) -> int:
@@ -153,23 +156,25 @@ def run(
     *,
     enforce_caps: bool = True,
     watch: Watch | None = None,
+    bus: Link | None = None,
 ) -> Run:
     """Simulate until the source has no more jobs and all have ended.
 
     Args:
         enforce_caps: end requests at their cap, as servers do.
         watch: called after every step, or stretch of steps in which nothing changed.
+        bus: to host memory, if the machine keeps KV of evicted requests there.
     """
     clock = VirtualClock()
-    engine = SimEngine(capabilities, latency, clock)
+    engine = SimEngine(capabilities, latency, clock, bus=bus)
     scheduler = Scheduler(engine.capabilities, policy, enforce_caps=enforce_caps)
     runtime = Runtime(scheduler, engine, clock)
     with no_collections():
         records, steps = _loop(source, runtime, engine, clock, watch)
     ticks = engine.ticks
     share = scheduler.block_steps / ticks.count / capabilities.kv_blocks if ticks.count else 0.0
-    cached = engine.cached_tokens
-    return Run(records, ticks, clock.now, steps, share, scheduler.evictions, cached)
+    cached, swapped = engine.cached_tokens, engine.swapped_tokens
+    return Run(records, ticks, clock.now, steps, share, scheduler.evictions, cached, swapped)
 
 
 def _loop(

@@ -11,17 +11,12 @@ from penstock.bench.goodput import BOUNDS
 from penstock.bench.result import seconds, share
 from penstock.bench.workload import Workload
 from penstock.sim.cluster_run import ClusterRun
+from penstock.sim.execute import cluster_of, simulate_spec
 from penstock.sim.observe import Observation, observed
 from penstock.sim.outcome import attempt_of
 from penstock.sim.result import RunResult, result_of
 from penstock.sim.run import Run
-from penstock.sim.spec import (
-    RunSpec,
-    check_workload,
-    cluster_of,
-    simulate_spec,
-    workload_of,
-)
+from penstock.sim.spec import RunSpec, check_workload, workload_of
 from penstock.sim.study import Behaviour, behaviour
 
 if TYPE_CHECKING:
@@ -85,6 +80,7 @@ class Simulation:
             "evicted_ratio": summary.evicted_ratio,
             "evictions": summary.evictions,
             "prefix_hits": summary.prefix_hits,
+            "swapped_tokens": summary.swapped_tokens,
             "finished": summary.finished,
             "attempts": summary.attempts,
             "ends": summary.ends,

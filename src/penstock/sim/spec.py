@@ -7,8 +7,6 @@ and has a content hash by which a sweep knows what it has done already.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,12 @@ from penstock.core.policies.base import Policy
 from penstock.core.policies.fleets import FLEETS
 from penstock.core.types import Capabilities, OnMiss
 from penstock.sim import profiles
-from penstock.sim.cluster_run import ClusterRun
 from penstock.sim.fit import misfit
-from penstock.sim.fleet import Disaggregated, simulate_fleet
+from penstock.sim.fleet import Disaggregated
 from penstock.sim.link import Link
 from penstock.sim.prefixes import check_prefixes, prefixes_of
-from penstock.sim.result import RunResult, result_of
-from penstock.sim.run import Job, Run, Source, Watch, run
-from penstock.sim.sources import ClosedLoop, OpenLoop
-from penstock.sim.study import count_bounces, study_policy
+from penstock.sim.run import Job
+from penstock.sim.study import study_policy
 
 
 class SpecError(ValueError):
@@ -61,6 +56,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         kv_tokens, block_size: KV memory in tokens, and tokens per block.
         prefix_cache: blocks that the trace's requests have in common are computed once; needs a
             trace with ``hash_ids`` whose blocks are whole blocks here.
+        swap_tokens: tokens of evicted requests whose KV is kept in host memory.
+        swap_bandwidth: of the bus to it, in bytes per second.
         max_batch: most requests in a step.
         prefill_budget: most tokens in a step (never less than ``max_batch``).
         plan_every: steps from one admission pass to the next; None is the preset's.
@@ -72,7 +69,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         place: how requests are placed on instances; None: in turn, or as the preset does it.
         padded: instances run static batches as rectangles; for presets with static batches.
         prefill, decode: instances for prompts, and for all that follows, instead of ``instances``.
-        kv_bytes_per_token: what the KV of a token weighs on its way between them.
+        kv_bytes_per_token: what the KV of a token weighs on its way to another instance or to host
+            memory.
         link_bandwidth: of the link into a decode instance, in bytes per second.
         link_latency: of a transfer, in seconds.
         stream_kv: KV crosses after each prompt chunk instead of at the end of the prefill.
@@ -100,6 +98,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kv_tokens: int
     block_size: int = 1
     prefix_cache: bool = False
+    swap_tokens: int = 0
+    swap_bandwidth: float = 25e9
     max_batch: int = 1024
     prefill_budget: int = 2048
     plan_every: int | None = None
@@ -126,6 +126,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             if value < 1:
                 msg = f"{name} is {value}; it must be at least 1"
                 raise SpecError(msg)
+        if self.swap_tokens < 0:
+            msg = f"swap_tokens is {self.swap_tokens}; it must be at least 0"
+            raise SpecError(msg)
         if self.retries < 0 or (self.retries and self.clients is None):
             msg = f"retries is {self.retries}; it must be at least 0, and 0 in an open loop"
             raise SpecError(msg)
@@ -182,6 +185,12 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return Disaggregated(self.prefill, self.decode, link, self.back_pressure, self.stream_kv)
 
     @property
+    def bus(self) -> Link | None:
+        """To host memory."""
+        steps, tokens = self.steps_only, self.swap_tokens
+        return Link(self.kv_bytes_per_token, self.swap_bandwidth) if tokens and not steps else None
+
+    @property
     def load(self) -> float:
         """Clients, requests per second, or the speed at which a trace is replayed."""
         if self.clients is not None:
@@ -205,71 +214,6 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Content hash: equal for equal runs of this version of Penstock."""
         text = msgspec.json.encode([__version__, self], order="deterministic")
         return hashlib.blake2b(text, digest_size=16).hexdigest()
-
-
-def one_run(spec: RunSpec) -> RunResult:
-    """Simulate a specification.
-
-    Raises:
-        ValueError: it cannot be simulated; names what and why.
-        OSError: its trace cannot be read.
-    """
-    began = time.perf_counter()
-    workload = workload_of(spec)
-    runs = simulate_spec(spec, workload)
-    return result_of(runs, workload, time.perf_counter() - began)
-
-
-def cluster_of(spec: RunSpec, workload: Workload) -> ClusterRun:
-    """Simulate instances behind a dispatcher.
-
-    Raises:
-        ValueError: it cannot be simulated; names what and why.
-    """
-    jobs = jobs_of(spec, workload)
-    return simulate_fleet(
-        spec.preset,
-        _source(spec, jobs),
-        capabilities_of(spec),
-        spec.machines,
-        latency_model(spec),
-        place=spec.place,
-        seed=spec.seed,
-        parameters=spec.parameters,
-        padded=spec.padded,
-        cap=jobs[0].cap,
-    )
-
-
-def simulate_spec(
-    spec: RunSpec,
-    workload: Workload,
-    *,
-    policy: Policy | None = None,
-    watch: Watch | None = None,
-) -> list[Run]:
-    """Simulate each instance.
-
-    Args:
-        workload: of the specification.
-        policy: instead of the specification's, for observers that wrap it; one instance only.
-        watch: see :func:`penstock.sim.run.run`.
-    """
-    if spec.pooled:
-        if policy is not None or watch is not None:
-            msg = f"preset {spec.preset} with place {spec.place} cannot be watched step by step"
-            raise SpecError(msg)
-        return cluster_of(spec, workload).runs()
-    latency = latency_model(spec)
-    machine = capabilities_of(spec)
-    jobs = jobs_of(spec, workload)
-    runs = []
-    for first in range(min(spec.instances, len(jobs))):
-        chosen = policy or policy_of(spec)
-        source = _source(spec, jobs[first :: spec.instances])
-        done = run(source, machine, chosen, latency, enforce_caps=not spec.steps_only, watch=watch)
-        runs.append(count_bounces(done, chosen))
-    return runs
 
 
 def workload_of(spec: RunSpec) -> Workload:
@@ -347,6 +291,7 @@ def capabilities_of(spec: RunSpec) -> Capabilities:
         max_step_tokens=max(spec.prefill_budget, spec.max_batch),
         max_request_tokens=spec.kv_tokens + 1,
         prefix_cache=spec.prefix_cache,
+        swap_tokens=spec.swap_tokens,
     )
 
 
@@ -379,12 +324,6 @@ def latency_model(spec: RunSpec) -> LatencyModel:
 def digest_of(path: Path) -> str:
     """Digest of a file's content."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
-def _source(spec: RunSpec, jobs: Sequence[Job]) -> Source:
-    if spec.clients is None:
-        return OpenLoop(jobs)
-    return ClosedLoop(jobs, spec.clients, retries=spec.retries)
 
 
 def _plain(value: float | None) -> str:

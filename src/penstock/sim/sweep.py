@@ -13,15 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from penstock import __version__
+from penstock.sim.execute import one_run
 from penstock.sim.interval import Interval, interval
-from penstock.sim.parallel import outcomes
+from penstock.sim.parallel import Outcome, Work
 from penstock.sim.result import RunResult
-from penstock.sim.spec import RunSpec, SpecError, latency_model, one_run
+from penstock.sim.spec import RunSpec, SpecError, latency_model
 
 if TYPE_CHECKING:
     import polars as pl
@@ -72,10 +73,14 @@ class Group(msgspec.Struct, frozen=True):
     p99: dict[str, float]
 
 
+Runner: TypeAlias = Callable[[Work, Sequence[bytes]], Iterator[Outcome]]
+"""Runs jobs somewhere, and says what came of them as they end."""
+
+
 def sweep(
     specs: Sequence[RunSpec],
     folder: Path,
-    workers: int,
+    run: Runner,
     *,
     fresh: bool = False,
     on_cell: Callable[[Cell], None] | None = None,
@@ -85,7 +90,7 @@ def sweep(
     Args:
         specs: the grid; no two are equal.
         folder: where outcomes are kept; made if it is missing.
-        workers: processes.
+        run: where.
         fresh: make all of them again.
         on_cell: told of every cell, those that were there before first.
 
@@ -107,7 +112,7 @@ def sweep(
             tell(cell)
         left = [(key, spec) for key, spec in by_key.items() if key not in done]
         jobs = [msgspec.json.encode(spec) for _, spec in left]
-        for place, value, error in outcomes(run_cell, jobs, workers):
+        for place, value, error in run(run_cell, jobs):
             key, spec = left[place]
             result = None if value is None else msgspec.json.decode(value, type=RunResult)
             cell = Cell(key=key, spec=spec, result=result, error=error, at=time.time())

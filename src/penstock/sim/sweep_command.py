@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +19,8 @@ from penstock.bench.result import machine, seconds, share
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid, parse_axes
 from penstock.sim.interval import Interval
-from penstock.sim.parallel import default_workers
-from penstock.sim.sweep import Cell, Group, frame, groups, sweep, varying
+from penstock.sim.parallel import default_workers, outcomes
+from penstock.sim.sweep import Cell, Group, Runner, frame, groups, sweep, varying
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +41,8 @@ class GridOptions:
             or instances=1,2; with ; between values that have commas. Repeat it: every
             combination is run.
         jobs: Processes; by default one per core.
+        ray: Spread the runs over the Ray cluster at this address, or 'local': over a Ray that is
+            started on this machine. Every machine needs the traces under the same paths.
         fresh: Run everything again.
         json: Write all numbers to this file as well; - writes only JSON to standard output.
         html: Write a report with figures: everything against load, and what happened over time
@@ -49,6 +53,7 @@ class GridOptions:
     out: Path
     over: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None
     jobs: int | None = None
+    ray: str | None = None
     fresh: bool = False
     json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     html: Path | None = None
@@ -79,9 +84,9 @@ def sweep_command(
             requests or RequestOptions(), machine_options or MachineOptions(),
             parse_axes(runs.over or []),
         )  # fmt: skip
-        workers = default_workers() if runs.jobs is None else runs.jobs
+        run = _runner(runs)
         with _progress(len(specs), quiet=runs.json == "-") as on_cell:
-            cells = sweep(specs, runs.out, workers, fresh=runs.fresh, on_cell=on_cell)
+            cells = sweep(specs, runs.out, run, fresh=runs.fresh, on_cell=on_cell)
         _write(cells, runs)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"penstock sweep: {error}\n")
@@ -93,6 +98,26 @@ def sweep_command(
         )
         return _INTERRUPTED
     return 1 if any(cell.error is not None for cell in cells) else 0
+
+
+def _runner(runs: GridOptions) -> Runner:
+    """Processes here, or a Ray cluster.
+
+    Raises:
+        ValueError: both, or there is no Ray; names the option.
+    """
+    if runs.ray is None:
+        workers = default_workers() if runs.jobs is None else runs.jobs
+        return partial(outcomes, workers=workers)
+    if runs.jobs is not None:
+        msg = f"--jobs {runs.jobs}: with --ray, Ray says how many run at a time"
+        raise ValueError(msg)
+    if importlib.util.find_spec("ray") is None:
+        msg = f"--ray {runs.ray} needs Ray: pip install 'penstock[ray]'"
+        raise ValueError(msg)
+    from penstock.sim.on_ray import ray_outcomes
+
+    return partial(ray_outcomes, address=None if runs.ray == "local" else runs.ray)
 
 
 def to_dict(cells: Sequence[Cell]) -> dict[str, object]:

@@ -43,6 +43,7 @@ class Track:
     last_at: float | None = None
     gap: float | None = None
     segment: int = 0
+    swapped: int = 0
     stretches: list[Stretch] = field(default_factory=list)
 
     def sampled(self, at: float) -> None:

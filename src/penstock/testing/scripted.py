@@ -101,6 +101,7 @@ class ScriptedEngine:
         self._flight: deque[StepResult] = deque()
         self._next_plan = 1
         self.peak_blocks = 0
+        self.swapped = 0
 
     @property
     def used_blocks(self) -> int:
@@ -152,7 +153,7 @@ class ScriptedEngine:
         _require(plan.tokens <= limit.max_step_tokens, f"{plan.tokens} tokens in one step")
         self._next_plan += 1
         for drop in plan.drops:
-            self._drop(drop.id, final=drop.final, publish=drop.publish)
+            self._drop(drop.id, final=drop.final, publish=drop.publish, swapped=drop.swapped)
         for key in plan.forget:
             self._release(self._cached.pop(key))
         for start in plan.starts:
@@ -281,10 +282,22 @@ class ScriptedEngine:
         ]
 
     def _drop(
-        self, request_id: RequestId, *, final: bool, publish: Sequence[tuple[int, PrefixKey]]
+        self,
+        request_id: RequestId,
+        *,
+        final: bool,
+        publish: Sequence[tuple[int, PrefixKey]],
+        swapped: int,
     ) -> None:
         sequence = self._sequences[request_id]
         _require(sequence.started, f"{request_id} is dropped but holds nothing")
+        if swapped:
+            _require(not final, f"{request_id} is swapped but does not come back")
+            kv = self.take_kv(request_id, 0, swapped)
+            _require(swapped == sequence.computed, f"{request_id}: a part of its KV is swapped")
+            _require(kv is not None, f"{request_id} has no KV of {swapped} tokens to swap")
+            sequence.work = sequence.work._replace(kv=kv)
+            self.swapped += swapped
         for index, key in publish:
             self._publish(sequence, index, key)
         for block in sequence.table:
