@@ -49,6 +49,10 @@ interval between two looks at the pool.  ``safety``: share of the KV memory that
 
 _PAST = 1000
 
+# Of each instance of a preset that keeps its KV.  Past-Future's own 3 % left 0.4 to 1.2 % of the
+# requests evicted at overload; 6 % and 8 % left none, for 1 % of the throughput.
+_KV_RESERVE = 0.08
+
 
 @dataclass(frozen=True, slots=True)
 class FleetPreset:
@@ -197,7 +201,8 @@ def _sliced(fleet: FleetPreset, place: PlacePolicy, values: Mapping[str, float |
     )
     if fleet.keeps:
         move = ByGain(LengthHistory(_PAST), slice_tokens)
-        return Fleet(DispatchPolicy(Each(), place, interval, move=move), fleet.instance, {})
+        policy = DispatchPolicy(Each(), place, interval, move=move)
+        return Fleet(policy, fleet.instance, {"reserve": _KV_RESERVE})
     batch = Packed(size if fleet.fixed else 0) if fleet.packed else Each()
     dispatch = DispatchPolicy(batch, place, interval, slice_tokens, values["safety"])
     return Fleet(dispatch, fleet.instance, {} if fleet.packed else {"batch_size": size})
