@@ -8,7 +8,7 @@ at their true lengths by the server's test hook, which no policy sees.  ``pensto
 replays the same requests with step times that were recorded under *another* load, before and
 after.  The rate is set once for the machine: the first at which the simulator has ``sls`` produce
 less than 90 % of what ``past-future`` does.  Compared are the ranking by mean response, mean,
-median and p90 response, and throughput.
+median and p90 response, throughput, and the busier instance's share of the time that both computed.
 
 Expected, written before it was measured: the same ranking; response times within 10 % for presets
 that keep up, more for those that fall behind, whose response times add up every error.
@@ -32,6 +32,8 @@ from live_pair import fit, penstock, record, wait_for_both
 
 from penstock.bench.local import revision, serve
 from penstock.bench.result import machine
+from penstock.sim.profiling.steps import samples_of
+from penstock.sim.recording import read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "slices"
@@ -60,17 +62,22 @@ def serving(preset: str, *more: str) -> list[str]:
     return [*words, *more]
 
 
-def drive(preset: str, words: tuple[str, ...]) -> dict[str, Any]:
-    """Serve a load live; what ``penstock bench`` says of it."""
-    with tempfile.TemporaryDirectory() as folder, serve(serving(preset)) as url:
-        wait_for_both(url)
-        out = Path(folder) / "bench.json"
-        penstock("bench", "--url", url, *LOAD, *words, "--json", str(out))
+def drive(preset: str, words: tuple[str, ...]) -> dict[str, float]:
+    """Serve a load live; what ``penstock bench`` says of it, and what the instances say."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, steps = Path(folder) / "bench.json", Path(folder) / "steps.jsonl"
+        with serve(serving(preset, "--record-steps", str(steps))) as url:
+            wait_for_both(url)
+            penstock("bench", "--url", url, *LOAD, *words, "--json", str(out))
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return found
+        busy = [
+            sum(sample.seconds for sample in samples_of(read_steps(Path(f"{steps}.{number}"))))
+            for number in (0, 1)
+        ]
+    return {**numbers(found), "busiest": max(busy) / sum(busy)}
 
 
-def predict(preset: str, profile: Path, words: tuple[str, ...]) -> dict[str, Any]:
+def predict(preset: str, profile: Path, words: tuple[str, ...]) -> dict[str, float]:
     """The same load, simulated."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "simulate.json"
@@ -86,7 +93,8 @@ def predict(preset: str, profile: Path, words: tuple[str, ...]) -> dict[str, Any
             "--max-batch", "64", "--prefill-budget", "512", "--json", str(out),
         )  # fmt: skip
         (run,) = json.loads(out.read_text(encoding="utf-8"))["runs"]
-    return dict(run)
+    busy = run["cluster"]["busy_s"]
+    return {**numbers(run), "busiest": max(busy) / sum(busy)}
 
 
 def numbers(found: dict[str, Any]) -> dict[str, float]:
@@ -107,7 +115,7 @@ def calibrate() -> str:
         for rate in range(2, 60):
             words = ("--requests", str(COUNT), "--rate", str(rate), "--seed", "0")
             done = {
-                preset: numbers(predict(preset, profile, words))["throughput"]
+                preset: predict(preset, profile, words)["throughput"]
                 for preset in ("sls", "past-future")
             }
             if done["sls"] < 0.9 * done["past-future"]:
@@ -129,8 +137,8 @@ def one_trial(seed: int, rate: str) -> dict[str, dict[str, dict[str, float]]]:
         fit(steps, profile)
         return {
             preset: {
-                "live": numbers(live[preset]),
-                "simulated": numbers(predict(preset, profile, words)),
+                "live": live[preset],
+                "simulated": predict(preset, profile, words),
             }
             for preset in PRESETS
         }

@@ -60,7 +60,7 @@ def test_texts_are_those_of_one_instance() -> None:
     # The longest prompt takes more than one step, so part of its KV goes ahead.
     flags += ("--stream-kv", "--max-step-tokens", "64")
     with Server(*flags, engine="native") as server:
-        wait_until(lambda: len(processes(server)) == 3, 60)
+        wait_until(lambda: len(processes(server)) == 3, 120)
         assert answers(server) == expected
         assert server.metric("kv_hand_offs_total") == len(PROMPTS)
         assert server.metric("kv_hand_off_bytes_total") > 10_000
@@ -74,7 +74,7 @@ def test_texts_are_those_of_one_instance() -> None:
 async def test_streams_survive_kill_9_of_either_role() -> None:
     flags = (*ROLES, "--trace-lengths", "--profile", "llama-2-7b/a100-80g")
     with Server(*flags, engine="sim") as server:
-        wait_until(lambda: len(processes(server)) == 3, 30)
+        wait_until(lambda: len(processes(server)) == 3, 90)
         async with server.async_client() as client:
             tasks = [asyncio.create_task(stream(client, number)) for number in range(16)]
             first = await kill(server, 1)

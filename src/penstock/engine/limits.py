@@ -20,7 +20,7 @@ def plan_capabilities(
     max_step_tokens: int,
     max_request_tokens: int | None,
     prefix_cache: bool,
-    swap_tokens: int,
+    swap_tokens: int = 0,
     memory_share: float = 1.0,
 ) -> Capabilities:
     """Check settings against a model and fill in those that were left open.

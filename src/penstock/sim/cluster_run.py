@@ -98,6 +98,7 @@ class ClusterRun:
             "moves": self.moves,
             "early_return_ratio": self.early / self.batches if self.batches else None,
             "completion_std_s": pstdev(each.completed_at for each in self.instances),
+            "busy_s": [each.busy for each in self.instances],
             "busy_std_s": pstdev(each.busy for each in self.instances),
             **(padded if sizes else {}),
             **self._roles(),
