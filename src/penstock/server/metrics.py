@@ -79,7 +79,7 @@ class Metrics:
 
     def _declare_counters(self) -> None:
         self.preemptions = self._counter(
-            "num_preemptions", "Requests that lost their KV memory and recompute it."
+            "num_preemptions", "Evictions: requests that lost their KV memory."
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of served requests.")
         self.generation_tokens = self._counter("generation_tokens", "Output tokens.")
