@@ -266,14 +266,19 @@ def recomputes_after_an_eviction(engine: Engine) -> None:
     assert desk.texts["a"] == desk.texts["calm"]
 
 
-def swaps_an_evicted_request(engine: Engine) -> None:
-    """Its KV goes to host memory and back: mid-prompt, while it decodes, and twice in a row."""
-    desk = Desk(engine)
+def _undisturbed(desk: Desk) -> list[int]:
+    """What a request says that nothing happens to."""
     desk.open("whole", PROMPT, 9)
     desk.enter("whole")
     desk.finish("whole")
     desk.leave("whole")
-    whole, size = desk.texts["whole"], len(PROMPT)
+    return desk.texts["whole"]
+
+
+def swaps_an_evicted_request(engine: Engine) -> None:
+    """Its KV goes to host memory and back: mid-prompt, while it decodes, and twice in a row."""
+    desk = Desk(engine)
+    whole, size = _undisturbed(desk), len(PROMPT)
     desk.open("out", PROMPT, 9)
     desk.step(starts=[Start("out", size, ())], chunks=[Chunk("out", 0, 5, samples=False)])
     desk.step(drops=[Drop("out", final=False, swapped=5)])
@@ -301,11 +306,7 @@ def swaps_an_evicted_request(engine: Engine) -> None:
 
 def goes_on_with_what_came_elsewhere(engine: Engine) -> None:
     desk = Desk(engine)
-    desk.open("whole", PROMPT, 9)
-    desk.enter("whole")
-    desk.finish("whole")
-    desk.leave("whole")
-    whole = desk.texts["whole"]
+    whole = _undisturbed(desk)
     desk.open("rest", PROMPT, 9, whole[:4])
     desk.enter("rest")
     desk.finish("rest")
@@ -336,11 +337,7 @@ def _kv(desk: Desk) -> KV:
 def hands_its_kv_over_in_parts(engine: Engine) -> None:
     """After each chunk, cut anywhere, and the rest at the end."""
     desk = Desk(engine)
-    desk.open("whole", PROMPT, 9)
-    desk.enter("whole")
-    desk.finish("whole")
-    desk.leave("whole")
-    whole, size = desk.texts["whole"], len(PROMPT)
+    whole, size = _undisturbed(desk), len(PROMPT)
     desk.open("from", PROMPT, 9)
     assert desk.engine.take_kv("from", 0, 3) is None, "it has not started"
     desk.step(starts=[Start("from", size, ())], chunks=[Chunk("from", 0, 5, samples=False)])
