@@ -124,6 +124,9 @@ async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
             await asyncio.Event().wait()
             raise AssertionError(parcel)
 
+        async def fetch(self, parcel: Parcel) -> None:
+            raise AssertionError(parcel)
+
     pipe = CallPipe(Desk(kv_codec("scripted"), Never()))
     rest = Request("a", 3, 20, 0.0, generated=1, computed=3)
     add = Add.pack(rest, Work([1, 2, 3], generated=[4]))

@@ -13,6 +13,7 @@ from penstock.cluster.machines import room_for
 from penstock.config import ConfigError
 from penstock.core.types import FinishReason, Role
 from penstock.server.backend import check
+from penstock.server.messages import Cancel
 from penstock.settings import ClusterConfig, Config
 from tests.cluster.fakes import Hall
 from tests.cluster.test_front import finish
@@ -59,6 +60,25 @@ def test_kv_goes_ahead_chunk_by_chunk() -> None:
         # Three chunks of at most 32 tokens, the last with the end.
         assert (len(hall.ahead), hall.parts) == (2, {"r~1": 3})
         assert hall.front._parcels == {}
+
+    asyncio.run(story())
+
+
+def test_kv_that_went_ahead_for_one_who_left_is_let_go() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES, stream_kv=True)
+        for number in (0, 1):
+            hall.start(number)
+        hall.ask("r", 12, range(70), trace=10)
+        while not hall.ahead:
+            await asyncio.sleep(0.001)
+            hall.turn(0)
+        assert hall.front._parcels
+        hall.front.send(Cancel("r", FinishReason.CANCELLED))
+        assert hall.front._parcels == {}
+        await finish(hall)
+        assert hall.front._parcels == {}
+        hall.check_all({})
 
     asyncio.run(story())
 

@@ -122,6 +122,7 @@ class Front:
                 where = self._dispatcher.withdraw(command.id)
                 if where is not None:
                     number, slice_id = where
+                    self._parcels.pop(slice_id, None)
                     self._to().send(number, Cancel(slice_id, command.reason))
             case Explain():
                 self._explain(command)

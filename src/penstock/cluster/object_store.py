@@ -31,6 +31,10 @@ class ObjectStore:
             raise ParcelLostError(why[0]) from None
         return data
 
+    async def fetch(self, parcel: Parcel) -> None:
+        """Have Ray bring it to this machine's store, without a copy of it in this process."""
+        await asyncio.to_thread(ray.wait, [parcel], timeout=_PATIENCE, fetch_local=True)
+
 
 def transport(name: str) -> Transport:
     """By the names that ``--kv-transport`` takes."""

@@ -7,7 +7,6 @@ by themselves; inline it is the bytes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -37,6 +36,10 @@ class Transport(Protocol):
         """
         ...
 
+    async def fetch(self, parcel: Parcel) -> None:
+        """Have it at the receiver, packed; if it does not come, :meth:`unpack` will say."""
+        ...
+
 
 class Inline:
     """In the messages themselves, by way of the front: for KV that is small, and for tests."""
@@ -49,6 +52,9 @@ class Inline:
         """As it is."""
         data: bytes = parcel
         return data
+
+    async def fetch(self, parcel: Parcel) -> None:
+        """It is there."""
 
 
 class Packed(NamedTuple):
@@ -108,5 +114,4 @@ class Desk:
 
     async def fetch(self, parcel: Parcel) -> None:
         """Have a part here before it is needed; if it does not come, :meth:`deliver` will say."""
-        with contextlib.suppress(ParcelLostError):
-            await self._transport.unpack(parcel)
+        await self._transport.fetch(parcel)
