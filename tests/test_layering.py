@@ -23,6 +23,7 @@ RAY = (
     "penstock.cluster.fleet",
     "penstock.cluster.machines",
     "penstock.cluster.object_store",
+    "penstock.cluster.direct",
     "penstock.sim.on_ray",
 )
 

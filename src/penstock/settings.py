@@ -122,9 +122,10 @@ class ClusterConfig(Section):
     decode: int = Field(
         0, ge=0, description="Engines that go on from the KV that the --prefill ones computed."
     )
-    kv_transport: Literal["object-store", "inline"] = Field(
+    kv_transport: Literal["object-store", "inline", "nixl"] = Field(
         "object-store",
-        description="What carries KV from one to another: Ray's object store, or the messages.",
+        description="What carries KV from one to another: Ray's object store, the messages, or"
+        " NIXL, from device to device ('penstock[nixl]').",
     )
     stream_kv: bool = Field(False, description="KV goes over after each prompt chunk.")
     place: str | None = Field(

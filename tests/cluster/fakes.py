@@ -63,7 +63,8 @@ class HandInstance:
         scheduler = Scheduler(CAPABILITIES, presets.build(preset, **parameters))
         recorded = RecordingEngine(self.engine, self.prices.observe)
         self.runtime = Runtime(scheduler, recorded, time.monotonic)
-        self.desk = Desk(kv_codec("scripted"), Inline())
+        codec = kv_codec("scripted")
+        self.desk = Desk(Inline(codec), codec.join)
         self.loop = EngineLoop(self.runtime, self.pipe, self.prices, self.desk)
 
     def deliver(self, name: str, parcels: Sequence[Parcel]) -> None:

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from penstock.cluster.actor import MOST_EVENTS, CallPipe, Instance
-from penstock.cluster.parcels import Desk, Packed, Parcel
-from penstock.core.engine import Work
+from penstock.cluster.parcels import Desk, Packed, Parcel, Weighed
+from penstock.core.engine import KV, Work
 from penstock.core.types import FinishReason, Request
 from penstock.server.factories import EngineSpec, kv_codec
 from penstock.server.messages import Add, Brought, Cancel, Event, Explained, Missed, Ready, Step
@@ -117,17 +117,17 @@ async def test_one_actor_goes_on_where_another_ended() -> None:
 
 async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
     class Never:
-        def pack(self, data: bytes) -> Parcel:
-            return data
+        def pack(self, kv: KV) -> Weighed:
+            raise AssertionError(kv)
 
-        async def unpack(self, parcel: Parcel) -> bytes:
+        async def unpack(self, parcel: Parcel) -> Weighed:
             await asyncio.Event().wait()
             raise AssertionError(parcel)
 
         async def fetch(self, parcel: Parcel) -> None:
             raise AssertionError(parcel)
 
-    pipe = CallPipe(Desk(kv_codec("scripted"), Never()))
+    pipe = CallPipe(Desk(Never(), kv_codec("scripted").join))
     rest = Request("a", 3, 20, 0.0, generated=1, computed=3)
     add = Add.pack(rest, Work([1, 2, 3], generated=[4]))
     pipe.put([msgspec.msgpack.encode(add)], 0.0, {"a": [b"x"]})

@@ -53,15 +53,24 @@ def long_answer(server: Server, kill_after: int | None = None) -> str:
         return "".join(pieces)
 
 
-def test_texts_are_those_of_one_instance() -> None:
+@pytest.fixture(scope="module")
+def expected() -> tuple[list[str], str]:
+    """What one instance answers."""
     with Server("--dtype", "float32", engine="native") as server:
-        expected, expected_long = answers(server), long_answer(server)
+        return answers(server), long_answer(server)
+
+
+@pytest.mark.parametrize("transport", ["object-store", "inline", "nixl"])
+def test_texts_are_those_of_one_instance(expected: tuple[list[str], str], transport: str) -> None:
+    if transport == "nixl":
+        pytest.importorskip("nixl", reason="NIXL has no wheel for this platform")
+    expected_short, expected_long = expected
     flags = (*ROLES, "--dtype", "float32", "--threads", "1", "--preset", "kairos")
     # The longest prompt takes more than one step, so part of its KV goes ahead.
-    flags += ("--stream-kv", "--max-step-tokens", "64")
+    flags += ("--stream-kv", "--max-step-tokens", "64", "--kv-transport", transport)
     with Server(*flags, engine="native") as server:
         wait_until(lambda: len(processes(server)) == 3, 120)
-        assert answers(server) == expected
+        assert answers(server) == expected_short
         assert server.metric("kv_hand_offs_total") == len(PROMPTS)
         assert server.metric("kv_hand_off_bytes_total") > 10_000
         assert server.metric("kv_hand_off_seconds_count") == len(PROMPTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -179,6 +180,18 @@ def test_texts_are_as_if_nothing_had_happened(preset: str, stream: bool, seed: i
 def test_what_does_not_go_together(cluster: dict[str, object], preset: str, message: str) -> None:
     config = Config.model_validate({"cluster": cluster, "scheduler": {"preset": preset}})
     with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+@pytest.mark.parametrize("engine", ["sim", "native"])
+def test_a_direct_transport_needs_tensors_and_its_library(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = {"prefill": 1, "decode": 1, "kv_transport": "nixl"}
+    config = Config.model_validate({"cluster": cluster, "engine": {"engine": engine}})
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    message = {"sim": "not of sim", "native": r"install it with 'penstock\[nixl\]'"}[engine]
+    with pytest.raises(ConfigError, match=f"--kv-transport nixl: .*{message}"):
         check(config)
 
 

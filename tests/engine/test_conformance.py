@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from penstock.core.engine import Work
 from penstock.core.types import RequestId
 from penstock.engine import LoadedModel, NativeEngine, load_random
+from penstock.engine.handoff import HandoffError, LayerKV, Shapes
 from penstock.testing import ScriptedEngine
 from tests.conformance.engine_kit import check_engine
 from tests.engine.tiny import tiny_config
@@ -19,6 +21,28 @@ def model() -> LoadedModel:
 
 def test_native_engine(model: LoadedModel) -> None:
     check_engine(lambda capabilities: NativeEngine(model, capabilities))
+
+
+class Flat(NativeEngine):
+    """Gives KV as one tensor on its device, as a direct transport carries it."""
+
+    def take_kv(
+        self, request_id: RequestId, start: int = 0, end: int | None = None
+    ) -> LayerKV | None:
+        kv = super().take_kv(request_id, start, end)
+        return None if kv is None else LayerKV.from_flat(*kv.flat())
+
+
+def test_native_engine_whose_kv_stays_on_its_device(model: LoadedModel) -> None:
+    check_engine(lambda capabilities: Flat(model, capabilities, kv_on_device=True))
+
+
+@pytest.mark.parametrize(
+    "shapes", [(), ((2, 3, 4),), ((2, 3, 4), (2, 3, 5)), ((2, 3, 4), (2, 3, 4), (2, 3, 4))]
+)
+def test_shapes_that_a_tensor_has_not(shapes: Shapes) -> None:
+    with pytest.raises(HandoffError, match="has 48 elements in shapes"):
+        LayerKV.from_flat(torch.zeros(48), shapes)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

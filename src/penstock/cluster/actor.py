@@ -158,9 +158,10 @@ class Instance:
         loop = asyncio.get_running_loop()
         desk = None
         if self._spec.kv_transport:
-            from penstock.cluster.object_store import transport
+            from penstock.cluster.transports import transport
 
-            desk = Desk(kv_codec(self._spec.kind), transport(self._spec.kv_transport))
+            codec = kv_codec(self._spec.kind)
+            desk = Desk(transport(self._spec.kv_transport, codec), codec.join)
         self._pipe = CallPipe(desk)
         loaded: asyncio.Future[str] = loop.create_future()
 

@@ -102,6 +102,8 @@ def build_front(
         options.setdefault("threads", room.threads)
         options["memory_share"] = room.memory_share
     transport = cluster.kv_transport if cluster.prefill else ""
+    if transport == "nixl":
+        options["kv_on_device"] = True
     spec = msgspec.structs.replace(spec, options=options, kv_transport=transport)
     cpus, gpus = room.cpus, cluster.gpus_per_instance
     front.attach(RayFleet(spec, cluster.count, cpus, gpus, front))

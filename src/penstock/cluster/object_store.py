@@ -7,35 +7,36 @@ import asyncio
 import ray
 from ray.exceptions import RayError
 
-from penstock.cluster.parcels import Inline, Parcel, ParcelLostError, Transport
-
-_PATIENCE = 30.0
+from penstock.cluster.parcels import PATIENCE, Parcel, ParcelLostError, Weighed, first_line
+from penstock.core.engine import KV
+from penstock.server.factories import KVCodec
 
 
 class ObjectStore:
     """See :class:`penstock.cluster.parcels.Transport`; a parcel is a reference.
 
     The sender owns what it put: if it dies before the receiver has it, it is lost.
+
+    Args:
+        codec: of the engine's kind of KV.
     """
 
-    def pack(self, data: bytes) -> Parcel:
-        """Put the bytes there."""
-        return ray.put(data)
+    def __init__(self, codec: KVCodec) -> None:
+        self._codec = codec
 
-    async def unpack(self, parcel: Parcel) -> bytes:
-        """Get them."""
+    def pack(self, kv: KV) -> Weighed:
+        """Put it there, as bytes."""
+        data = self._codec.encode(kv)
+        return Weighed(ray.put(data), len(data))
+
+    async def unpack(self, parcel: Parcel) -> Weighed:
+        """Get it."""
         try:
-            data: bytes = await asyncio.wait_for(parcel, _PATIENCE)
+            data: bytes = await asyncio.wait_for(parcel, PATIENCE)
         except (RayError, TimeoutError) as error:
-            why = str(error).strip().splitlines() or [type(error).__name__]
-            raise ParcelLostError(why[0]) from None
-        return data
+            raise ParcelLostError(first_line(error)) from None
+        return Weighed(self._codec.decode(data), len(data))
 
     async def fetch(self, parcel: Parcel) -> None:
         """Have Ray bring it to this machine's store, without a copy of it in this process."""
-        await asyncio.to_thread(ray.wait, [parcel], timeout=_PATIENCE, fetch_local=True)
-
-
-def transport(name: str) -> Transport:
-    """By the names that ``--kv-transport`` takes."""
-    return Inline() if name == "inline" else ObjectStore()
+        await asyncio.to_thread(ray.wait, [parcel], timeout=PATIENCE, fetch_local=True)

@@ -2,12 +2,13 @@
 
 A parcel is opaque to the front: it takes it from the instance that made it and hands it to the one
 that needs it.  With the object store it is a reference, and the bytes go from machine to machine
-by themselves; inline it is the bytes.
+by themselves; inline it is the bytes; with a direct transport it is a reference to a tensor that
+stays where it is until the receiver takes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from penstock.core.engine import KV
@@ -17,22 +18,39 @@ Parcel: TypeAlias = Any
 """KV packed by a :class:`Transport`; goes through Ray's calls as it is."""
 
 
+PATIENCE = 30.0
+"""Seconds after which KV that has not come is given up."""
+
+
 class ParcelLostError(RuntimeError):
     """KV that does not arrive: its sender died, or the network did not bring it in time."""
 
 
-class Transport(Protocol):
-    """Carries bytes from one instance to another."""
+def first_line(error: BaseException) -> str:
+    """What it says, or else what it is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
-    def pack(self, data: bytes) -> Parcel:
-        """At the sender."""
+
+class Weighed(NamedTuple):
+    """Something, and the bytes that it is on the way."""
+
+    what: Any
+    size: int
+
+
+class Transport(Protocol):
+    """Carries KV from one instance to another."""
+
+    def pack(self, kv: KV) -> Weighed:
+        """At the sender: a parcel."""
         ...
 
-    async def unpack(self, parcel: Parcel) -> bytes:
-        """At the receiver.
+    async def unpack(self, parcel: Parcel) -> Weighed:
+        """At the receiver: KV.
 
         Raises:
-            ParcelLostError: the bytes do not arrive.
+            ParcelLostError: it does not arrive.
+            ValueError: it is no KV.
         """
         ...
 
@@ -42,16 +60,23 @@ class Transport(Protocol):
 
 
 class Inline:
-    """In the messages themselves, by way of the front: for KV that is small, and for tests."""
+    """In the messages themselves, by way of the front: for KV that is small, and for tests.
 
-    def pack(self, data: bytes) -> Parcel:
-        """As it is."""
-        return data
+    Args:
+        codec: of the engine's kind of KV.
+    """
 
-    async def unpack(self, parcel: Parcel) -> bytes:
-        """As it is."""
-        data: bytes = parcel
-        return data
+    def __init__(self, codec: KVCodec) -> None:
+        self._codec = codec
+
+    def pack(self, kv: KV) -> Weighed:
+        """As bytes."""
+        data = self._codec.encode(kv)
+        return Weighed(data, len(data))
+
+    async def unpack(self, parcel: Parcel) -> Weighed:
+        """From bytes."""
+        return Weighed(self._codec.decode(parcel), len(parcel))
 
     async def fetch(self, parcel: Parcel) -> None:
         """It is there."""
@@ -72,13 +97,13 @@ class Desk:
     """Where an instance's engine leaves KV for others, and finds what came for it.
 
     Args:
-        codec: of the engine's kind of KV.
         transport: what carries it.
+        join: makes one of parts in order.
     """
 
-    def __init__(self, codec: KVCodec, transport: Transport) -> None:
-        self._codec = codec
+    def __init__(self, transport: Transport, join: Callable[[Sequence[Any]], KV]) -> None:
         self._transport = transport
+        self._join = join
         self._outgoing: dict[str, list[Packed]] = {}
         self._incoming: dict[str, KV] = {}
 
@@ -86,8 +111,7 @@ class Desk:
 
     def leave(self, slice_id: str, kv: KV, *, last: bool) -> None:
         """Pack KV of a request: what followed the part before, the ``last`` as it ended."""
-        data = self._codec.encode(kv)
-        packed = Packed(self._transport.pack(data), len(data), last)
+        packed = Packed(*self._transport.pack(kv), last)
         self._outgoing.setdefault(slice_id, []).append(packed)
 
     def find(self, slice_id: str) -> KV | None:
@@ -109,8 +133,8 @@ class Desk:
             ValueError: they are no KV, or do not fit together.
         """
         parts = [await self._transport.unpack(parcel) for parcel in parcels]
-        self._incoming[slice_id] = self._codec.join([self._codec.decode(part) for part in parts])
-        return sum(map(len, parts))
+        self._incoming[slice_id] = self._join([part.what for part in parts])
+        return sum(part.size for part in parts)
 
     async def fetch(self, parcel: Parcel) -> None:
         """Have a part here before it is needed; if it does not come, :meth:`deliver` will say."""

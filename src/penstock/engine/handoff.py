@@ -6,8 +6,10 @@ The tensors are laid out by token, so engines with different block sizes underst
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load, save
@@ -16,14 +18,17 @@ from torch import Tensor
 from penstock.engine.attention import PagedLayer
 from penstock.engine.kv import Blocks
 
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+"""Of the tensors of a KV: keys and values of the first layer, of the second, and so on."""
+
 
 class HandoffError(ValueError):
     """KV that does not fit this model."""
 
 
 @dataclass(frozen=True, slots=True)
-class HostKV:
-    """Keys and values in host memory.
+class LayerKV:
+    """Keys and values, in host memory or on a device.
 
     Attributes:
         layers: of each attention layer, keys ``[kv heads, tokens, dim]`` and values likewise.
@@ -49,7 +54,7 @@ class HostKV:
         return save(named)
 
     @classmethod
-    def from_bytes(cls, data: builtins.bytes) -> HostKV:
+    def from_bytes(cls, data: builtins.bytes) -> LayerKV:
         """From safetensors.
 
         Raises:
@@ -67,8 +72,32 @@ class HostKV:
             raise HandoffError(msg)
         return cls(layers)
 
+    def flat(self) -> tuple[Tensor, Shapes]:
+        """As one tensor where they are, ``[elements]``, and their shapes."""
+        parts = [part for layer in self.layers for part in layer]
+        return torch.cat([part.flatten() for part in parts]), tuple(tuple(p.shape) for p in parts)
+
     @classmethod
-    def join(cls, parts: Sequence[HostKV]) -> HostKV:
+    def from_flat(cls, flat: Tensor, shapes: Shapes) -> LayerKV:
+        """From what :meth:`flat` makes; views of it.
+
+        Raises:
+            HandoffError: the shapes are not those of this tensor.
+        """
+        sizes = [math.prod(shape) for shape in shapes]
+        if sum(sizes) != flat.numel() or not sizes or len(sizes) % 2:
+            msg = f"the KV of a hand-off has {flat.numel()} elements in shapes {shapes}"
+            raise HandoffError(msg)
+        parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        return cls(tuple(zip(parts[::2], parts[1::2], strict=True)))
+
+    @classmethod
+    def sample(cls) -> LayerKV:
+        """Of one token, in host memory; all zeros."""
+        return cls(((torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)),))
+
+    @classmethod
+    def join(cls, parts: Sequence[LayerKV]) -> LayerKV:
         """Parts that follow each other, as one.
 
         Raises:
@@ -87,8 +116,10 @@ class HostKV:
         return cls(tuple((key, value) for key, value in layers))
 
 
-def export(layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int) -> HostKV:
-    """Copy the KV of tokens ``start`` to ``end`` of a block table to host memory."""
+def export(
+    layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int, *, to_host: bool = True
+) -> LayerKV:
+    """Copy the KV of tokens ``start`` to ``end`` of a block table, to host memory or in place."""
     size = layers[0].key_cache.shape[2]
     first = start // size
     where = torch.from_numpy(blocks[first : -(-end // size)]).long()
@@ -96,14 +127,14 @@ def export(layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int) -
     found = []
     for layer in layers:
         key, value = (
-            _by_token(cache.index_select(0, where.to(cache.device)), within)
+            _by_token(cache.index_select(0, where.to(cache.device)), within, to_host=to_host)
             for cache in (layer.key_cache, layer.value_cache)
         )
         found.append((key, value))
-    return HostKV(tuple(found))
+    return LayerKV(tuple(found))
 
 
-def check(layers: Sequence[PagedLayer], kv: HostKV) -> None:
+def check(layers: Sequence[PagedLayer], kv: LayerKV) -> None:
     """Raise HandoffError unless this KV fits these layers."""
     if len(kv.layers) != len(layers):
         msg = f"the KV of a hand-off has {len(kv.layers)} layers; this model has {len(layers)}"
@@ -120,7 +151,7 @@ def check(layers: Sequence[PagedLayer], kv: HostKV) -> None:
 
 
 def bring_in(
-    layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int, kv: HostKV
+    layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int, kv: LayerKV
 ) -> None:
     """Write tokens ``start`` to ``end`` of checked KV into a block table."""
     size = layers[0].key_cache.shape[2]
@@ -133,8 +164,10 @@ def bring_in(
             cache[block.to(cache.device), :, offset.to(cache.device)] = rows
 
 
-def _by_token(blocks: Tensor, within: slice) -> Tensor:
-    """``[n, heads, size, dim]`` as ``[heads, tokens, dim]`` on the host."""
+def _by_token(blocks: Tensor, within: slice, *, to_host: bool) -> Tensor:
+    """A copy of ``[n, heads, size, dim]`` as ``[heads, tokens, dim]``."""
     count, heads, size, dim = blocks.shape
     whole = blocks.transpose(0, 1).reshape(heads, count * size, dim)
-    return whole[:, within].to("cpu", copy=True).contiguous()
+    if to_host:
+        return whole[:, within].to("cpu", copy=True).contiguous()
+    return whole[:, within].clone(memory_format=torch.contiguous_format)

@@ -23,7 +23,7 @@ from penstock.core.types import (
 from penstock.engine import handoff
 from penstock.engine.endings import Endings
 from penstock.engine.errors import PlanError
-from penstock.engine.handoff import HostKV
+from penstock.engine.handoff import LayerKV
 from penstock.engine.limits import plan_capabilities
 from penstock.engine.loading import LoadedModel, load_model
 from penstock.engine.rows import Ints, Rows, Tokens
@@ -46,17 +46,21 @@ class NativeEngine:
     Args:
         model: what to run.
         capabilities: what it shall be able to do; the KV memory is taken at once.
+        kv_on_device: whether :meth:`take_kv` copies to the model's device, not to host memory.
 
     Raises:
         ValueError: more than one plan is to be in flight.
         UnsupportedModelError: the model cannot be run after all.
     """
 
-    def __init__(self, model: LoadedModel, capabilities: Capabilities) -> None:
+    def __init__(
+        self, model: LoadedModel, capabilities: Capabilities, *, kv_on_device: bool = False
+    ) -> None:
         if capabilities.depth != 1:
             msg = f"capabilities.depth is {capabilities.depth}; this engine is synchronous: 1"
             raise ValueError(msg)
         self.capabilities = capabilities
+        self._kv_on_device = kv_on_device
         self._model = model
         self._runner = Runner(model, capabilities.kv_blocks, capabilities.block_size)
         self._rows = Rows(capabilities)
@@ -87,21 +91,21 @@ class NativeEngine:
         swap_tokens: int = 0,
         threads: int | None = None,
         memory_share: float = 1.0,
+        kv_on_device: bool = False,
     ) -> NativeEngine:
         """Load a model and take KV memory for it.
 
         Args:
             model: a folder, a name on the Hugging Face hub, or ``demo``.
-            kv_tokens: KV memory in tokens; None: a share of what is free.
-            block_size: tokens per KV block.
+            kv_tokens, block_size: KV memory, and its blocks, in tokens; None: a share of the free.
             max_batch, max_step_tokens: most requests, and most tokens computed, in one step.
             max_request_tokens: most prompt plus output tokens of one; None: the model's limit.
-            dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            dtype, device: ``auto``, or ``float32``, ``bfloat16``, ``float16``; ``cpu``, ``cuda:N``.
             prefix_cache: whether requests may share the KV of equal beginnings.
             swap_tokens: tokens of evicted requests' KV that are kept in host memory.
             threads: CPU threads of this process; None: PyTorch's choice.
             memory_share: of the memory for KV where ``kv_tokens`` is None, in (0, 1].
+            kv_on_device: see the class.
 
         Raises:
             CheckpointError, UnsupportedModelError: the model cannot be loaded, or not be run.
@@ -121,7 +125,7 @@ class NativeEngine:
             swap_tokens=swap_tokens,
             memory_share=memory_share,
         )
-        return cls(loaded, capabilities)
+        return cls(loaded, capabilities, kv_on_device=kv_on_device)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -180,15 +184,21 @@ class NativeEngine:
 
     def take_kv(
         self, request_id: RequestId, start: int = 0, end: int | None = None
-    ) -> HostKV | None:
-        """A copy of a request's KV in host memory; None if it has none, or a step lost it."""
+    ) -> LayerKV | None:
+        """A copy of a request's KV; None if it has none, or a step lost it."""
+        return self._copy(request_id, start, end, to_host=not self._kv_on_device)
+
+    def _copy(
+        self, request_id: RequestId, start: int, end: int | None, *, to_host: bool
+    ) -> LayerKV | None:
         if request_id not in self._rows or request_id in self._broken:
             return None
         row = self._rows.row(request_id)
         blocks, computed = self._rows.blocks(row), int(self._rows.computed[row])
         if end is not None and computed < end:
             return None
-        return handoff.export(self._runner.layers, blocks, start, computed if end is None else end)
+        end = computed if end is None else end
+        return handoff.export(self._runner.layers, blocks, start, end, to_host=to_host)
 
     def submit(self, plan: StepPlan) -> Ticket:
         """Run a step; it is done when this returns.
@@ -263,7 +273,8 @@ class NativeEngine:
                 self._rows.publish(row, index, key)
             if drop.swapped:
                 opened = self._opened[drop.id]
-                opened.work = opened.work._replace(kv=self.take_kv(drop.id, 0, drop.swapped))
+                kv = self._copy(drop.id, 0, drop.swapped, to_host=True)
+                opened.work = opened.work._replace(kv=kv)
             tokens = self._rows.drop(drop.id)
             self._broken.pop(drop.id, None)
             if drop.final:
@@ -286,7 +297,7 @@ class NativeEngine:
         """Write the KV that a request brings into its blocks, and keep it no longer."""
         opened = self._opened[request_id]
         kv = opened.work.kv
-        if not isinstance(kv, HostKV) or kv.tokens < tokens:
+        if not isinstance(kv, LayerKV) or kv.tokens < tokens:
             there = kv.tokens if kv is not None else 0
             msg = f"request {request_id} starts with KV of {tokens} tokens; it brings {there}"
             raise PlanError(msg)
@@ -298,7 +309,7 @@ class NativeEngine:
         handoff.bring_in(self._runner.layers, blocks, start, tokens, kv)
 
     def _check_kv(self, kv: KV, tokens: int) -> None:
-        if not isinstance(kv, HostKV):
+        if not isinstance(kv, LayerKV):
             msg = f"kv is {type(kv).__name__}; it must come from an engine of this kind"
             raise RequestError("kv", msg)
         if kv.tokens >= tokens:

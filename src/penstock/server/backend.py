@@ -69,11 +69,22 @@ def _check_roles(config: Config) -> None:
                 msg = f"{flag} {value}: only --prefill and --decode have it"
                 raise ConfigError(msg)
         return
+    if cluster.kv_transport == "nixl":
+        _check_nixl(config.engine.engine)
     if cluster.instances > 1:
         msg = f"--instances {cluster.instances}: give it, or {cluster.asked}, not both"
         raise ConfigError(msg)
     if preset in FLEETS:
         msg = f"--preset {preset}: slices go without roles; leave out {cluster.asked}"
+        raise ConfigError(msg)
+
+
+def _check_nixl(engine: str) -> None:
+    if engine != "native":
+        msg = f"--kv-transport nixl: it carries the tensors of --engine native, not of {engine}"
+        raise ConfigError(msg)
+    if importlib.util.find_spec("nixl") is None:
+        msg = "--kv-transport nixl: NIXL is not installed; install it with 'penstock[nixl]'"
         raise ConfigError(msg)
 
 

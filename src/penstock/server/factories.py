@@ -118,20 +118,33 @@ def _load(spec: EngineSpec) -> Engine:
     return NativeEngine.load(spec.model, **options)
 
 
+class TensorCodec(NamedTuple):
+    """How KV becomes one tensor where it is, with what tells its parts apart, and KV again.
+
+    ``sample`` makes a small KV, to try a transport with.
+    """
+
+    flat: Callable[[Any], tuple[Any, Any]]
+    from_flat: Callable[[Any, Any], KV]
+    sample: Callable[[], KV]
+
+
 class KVCodec(NamedTuple):
     """How KV of one kind of engine becomes bytes, and KV again, and one of parts in order."""
 
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], KV]
     join: Callable[[Sequence[Any]], KV]
+    tensors: TensorCodec | None = None
 
 
 def kv_codec(kind: str) -> KVCodec:
     """Of a kind of engine."""
     if kind == "native":
-        from penstock.engine.handoff import HostKV
+        from penstock.engine.handoff import LayerKV
 
-        return KVCodec(HostKV.to_bytes, HostKV.from_bytes, HostKV.join)
+        tensors = TensorCodec(LayerKV.flat, LayerKV.from_flat, LayerKV.sample)
+        return KVCodec(LayerKV.to_bytes, LayerKV.from_bytes, LayerKV.join, tensors)
     if kind == "sim":
         from penstock.sim.kv import SimKV
 
