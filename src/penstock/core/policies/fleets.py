@@ -49,9 +49,9 @@ interval between two looks at the pool.  ``safety``: share of the KV memory that
 
 _PAST = 1000
 
-# Of each instance of a preset that keeps its KV.  Past-Future's own 3 % left 0.4 to 1.2 % of the
-# requests evicted at overload; 8 % leaves 2 of 12,000, for 1 % of the throughput.
-_KV_RESERVE = 0.08
+# Of each instance of a preset that keeps its KV.  At overload Past-Future's own 3 % left 0.4 to
+# 1.2 % of the requests evicted and 8 % up to 4 of 12,000; with 10 % no one was, in seven runs.
+_KV_RESERVE = 0.10
 
 
 @dataclass(frozen=True, slots=True)
