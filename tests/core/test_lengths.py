@@ -109,13 +109,13 @@ def test_one_that_outlived_the_past_draws_up_to_its_cap() -> None:
 def test_new_draws_are_past_lengths(past: list[int], cap: int, uniform: list[float]) -> None:
     made = history(past)
     full = made.sorted_lengths().tolist()
-    drawn = made.draw_new(np.array(uniform), cap)
+    drawn = made.draw_new(uniform, cap)
     assert drawn == [min(cap, full[floor(u * len(full))]) for u in uniform]
 
 
 def test_new_draws_are_uniform_over_the_past() -> None:
     made = history([1, 2, 2, 10])
-    uniform = np.array([0.0, 0.25, 0.5, 0.75, 0.999])
+    uniform = [0.0, 0.25, 0.5, 0.75, 0.999]
     assert made.draw_new(uniform, 100) == [1, 2, 2, 10, 10]
 
 
@@ -126,7 +126,7 @@ def test_a_cold_start_fills_half_of_the_window() -> None:
 
 def test_a_cold_start_of_none_means_each_cap() -> None:
     made = LengthHistory(10)
-    assert made.draw_new(np.array([0.0, 0.5, 0.99]), 123) == [123] * 3
+    assert made.draw_new([0.0, 0.5, 0.99], 123) == [123] * 3
     drawn = made.draw_running(np.array([[0.01, 0.5]]), ints([3, 7]), ints([50, 60]))
     assert drawn.tolist() == [[50, 60]]
 

@@ -54,7 +54,7 @@ def test_it_admits_while_the_true_peak_fits(
 def test_filling_the_memory_to_the_last_block_is_allowed() -> None:
     assert isinstance(told(new=5).judge(snapshot(capacity=14))(candidate(10, 100)), Admit)
     refused = told(new=5).judge(snapshot(capacity=13))(candidate(10, 100))
-    assert refused == Defer("KV memory: true peak of 14 blocks exceeds 13")
+    assert refused == Defer("KV memory: the true peak, 14 blocks or more, exceeds 13")
 
 
 def test_without_being_told_it_counts_the_cap() -> None:

@@ -174,7 +174,9 @@ def test_the_reserve_is_kept_free() -> None:
 def test_a_deferral_gives_its_numbers() -> None:
     answer = make([5, 5], reserve=0.1).judge(snapshot(capacity=10))(candidate(10, 100))
     assert isinstance(answer, Defer)
-    assert answer.reason == "KV memory: forecast peak of 14 blocks is not below 9 (90% of 10)"
+    assert answer.reason == (
+        "KV memory: the forecast peak, 14 blocks or more, is not below 9 (90% of 10)"
+    )
 
 
 def test_a_candidate_draws_unconditionally_and_a_running_request_does_not() -> None:

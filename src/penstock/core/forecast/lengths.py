@@ -21,6 +21,7 @@ count like those that ended by themselves; all classes of requests share one his
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +76,7 @@ class LengthHistory:
         """The window in ascending order, as it is until the next end."""
         return self._sorted[1 : len(self._lengths) + 1]
 
-    def draw_new(
-        self, uniform: NDArray[np.float64], cap: int, *, binding: bool = True
-    ) -> list[int]:
+    def draw_new(self, uniform: Sequence[float], cap: int, *, binding: bool = True) -> list[int]:
         """Lengths for a request that has not run: uniformly chosen past lengths, at most ``cap``.
 
         Args:
@@ -85,7 +84,7 @@ class LengthHistory:
             binding: whether the cap binds.
         """
         count, item = len(self._lengths), self._sorted.item
-        drawn = [item(int(x * count) + 1) for x in uniform.tolist()]
+        drawn = [item(int(x * count) + 1) for x in uniform]
         return [min(length, cap) for length in drawn] if binding else drawn
 
     def draw_running(

@@ -15,25 +15,32 @@ With blocks of ``s`` tokens each term is rounded up by itself:
 ``b_i = Q_i s + R_i``, that is ``sum q_j + i (Q_i + 1) + #{j <= i : r_j >= s - R_i}``, so
 a sort and prefix sums still do.
 
-One more request that runs until ``b`` adds ``ceil((a + b_i) / s)`` to each ``M_i`` with
-``b_i < b``, leaves the others as they are, and has a moment of its own.  No peak exceeds the sum
-of what each will hold at its end; while that is low enough, nothing needs to be sorted.
+What one more request changes is bounded without sorting anew.  The time until the last end is cut
+into a few spans, each with the most that is held in it, and the moment of that.  A request that
+goes on for ``b`` steps adds at most ``ceil((a + min(b, end)) / s)`` in a span that it lives in, and
+at that moment ``ceil((a + moment) / s)`` if it is still there.  The largest of the first sums is
+not exceeded, the largest of the second is reached.  Before anything is sorted, the sum of what each
+will hold at its end is a bound as well.  Only where the limit lies between the bounds are the
+requests sorted, the newcomer among them.
 
-Cost, per scenario: O(n log n + n s) to build, O(n) for each candidate and for each that joins, in
-a handful of vector operations; O(1) for a candidate that the sum of all ends answers.
+Cost, per scenario: O(n log n + n s) to sort, in a handful of vector operations; O(1) for a
+candidate that the bounds answer, which is most of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.core.snapshot import Ints
 
-_MOST = np.maximum.reduce
+_SPANS = 8  # where more than this share of the peak is held
+_MUCH = 0.9
+_NEVER = 1 << 62
 
 
 def peak(tokens: Ints, steps: Ints, block_size: int = 1) -> int:
@@ -50,174 +57,173 @@ class Occupancy:
         block_size: tokens per block.
     """
 
-    __slots__ = ("_joined", "_size", "_sorted", "_steps", "_tokens", "_worst")
+    __slots__ = ("_ends", "_joined", "_outlines", "_size", "_sorted", "_steps", "_tokens")
 
     def __init__(self, tokens: Ints, steps: Ints, block_size: int) -> None:
         self._tokens = tokens
         self._steps = steps
         self._size = block_size
-        # Who joined before anything was sorted: tokens, and steps per scenario.
+        # Who joined since these were sorted, or made: tokens, and steps per scenario.
         self._joined: list[tuple[int, Sequence[int]]] = []
-        self._sorted: list[Scenario] | None = None
+        self._sorted: _Sorted | None = None
+        self._outlines: list[_Outline] | None = None
         # The reductions of the ufuncs are half as dear as the methods of the same names.
         last = np.maximum.reduce(np.add.reduce(steps, axis=1))
         ends = int(np.add.reduce(tokens)) + int(last)
-        self._worst = (ends + len(tokens) * (block_size - 1)) // block_size
+        # Blocks if each held what it will hold at its end.
+        self._ends = (ends + len(tokens) * (block_size - 1)) // block_size
 
     @property
     def peaks(self) -> list[int]:
         """Per scenario, in blocks."""
-        return [scenario.peak for scenario in self._scenarios()]
+        return _sort(*self._all(), self._size).peaks()
 
-    def at_most(self, tokens: int, steps: Sequence[int]) -> int:
-        """A quick upper bound of the peaks if one more request joined."""
-        return self._worst - (-(tokens + max(steps)) // self._size)
+    def join_below(self, tokens: int, steps: Sequence[int], limit: float) -> int:
+        """Let one more request in, if no scenario's peak reaches the limit with it.
 
-    def with_candidate(self, tokens: int, steps: Sequence[int]) -> list[int]:
-        """The peaks if one more request joined; ``steps`` has a number per scenario."""
-        return [
-            scenario.joined_by(tokens, until)
-            for scenario, until in zip(self._scenarios(), steps, strict=True)
-        ]
+        Args:
+            steps: that it goes on after the current one, per scenario.
+            limit: in blocks.
 
-    def add(self, tokens: int, steps: Sequence[int], worst: int) -> None:
-        """Let it join; ``worst`` is what :meth:`at_most` or the largest peak was with it."""
-        self._worst = worst
+        Returns:
+            below the limit, it joined, and no peak exceeds this; else it did not, and a peak is
+            this large at least.
+        """
         if self._sorted is None:
-            self._joined.append((tokens, steps))
-            return
-        for scenario, until in zip(self._sorted, steps, strict=True):
-            scenario.join(tokens, until)
+            most = self._ends - (-(tokens + max(steps)) // self._size)
+            if most < limit:
+                self._ends = most
+                self._joined.append((tokens, steps))
+                return most
+        else:
+            outlines, size = self._outlined(), self._size
+            grown = [
+                outline.grown(tokens, until, size)
+                for outline, until in zip(outlines, steps, strict=True)
+            ]
+            most = max([max(outline.most) for outline in grown])
+            if most < limit:
+                self._outlines = grown
+                self._joined.append((tokens, steps))
+                return most
+            least = max([max(outline.least) for outline in grown])
+            if least >= limit:
+                return least
+        return self._join_exactly(tokens, steps, limit)
 
-    def _scenarios(self) -> list[Scenario]:
-        if self._sorted is None:
-            tokens, steps = self._tokens, self._steps
-            if self._joined:
-                more = np.array([tokens for tokens, _ in self._joined], dtype=np.int64)
-                further = np.array([steps for _, steps in self._joined], dtype=np.int64)
-                tokens = np.concatenate((tokens, more))
-                steps = np.concatenate((steps, further.T), axis=1)
-            self._sorted = _sorted_scenarios(tokens, steps, self._size)
-        return self._sorted
-
-
-class Scenario:
-    """One future: the module's rule worked out, in rows by steps descending.
-
-    Args:
-        size: tokens per block.
-        negative: minus the steps of each row, so that it ascends.
-        sums: sums of ``q`` up to each row.
-        at_least: [n, s + 1], how many up to each row have a residue of x or more; None for
-            blocks of one token.
-        at_end: M of each row.
-    """
-
-    __slots__ = ("_asked", "_at_end", "_at_least", "_moments", "_negative", "_size", "_sums")
-
-    def __init__(
-        self,
-        size: int,
-        negative: Ints,
-        sums: Ints,
-        at_least: NDArray[np.int32] | None,
-        at_end: Ints,
-    ) -> None:
-        self._size = size
-        self._negative = negative
-        self._sums = sums
-        self._at_least = at_least
-        self._at_end = at_end
-        # Those who joined: tokens, steps, and the memory when each is about to end.
-        self._moments: list[tuple[int, int, int]] = []
-        # The last candidate asked about: tokens, steps, its place, memory at its end, and at the
-        # ends of the rows from there on with it; it is the one that joins next, if any does.
-        self._asked: tuple[int, int, int, int, Ints] | None = None
-
-    @property
-    def peak(self) -> int:
-        """Its largest occupancy, in blocks."""
-        worst = max([memory for _, _, memory in self._moments], default=0)
-        return max(worst, int(_MOST(self._at_end))) if len(self._at_end) else worst
-
-    def joined_by(self, tokens: int, until: int) -> int:
-        """The peak with one more request, which runs for ``until`` steps."""
-        size = self._size
-        place, own, later = self._with(tokens, until)
-        worst = own
-        for _, other, memory in self._moments:
-            more = -(-(tokens + other) // size) if other < until else 0
-            worst = max(worst, memory + more)
-        if place:
-            worst = max(worst, int(_MOST(self._at_end[:place])))
-        if len(later):
-            worst = max(worst, int(_MOST(later)))
+    def _join_exactly(self, tokens: int, steps: Sequence[int], limit: float) -> int:
+        rows = self._all((tokens, steps))
+        ordered = _sort(*rows, self._size)
+        worst = max(ordered.peaks())
+        if worst < limit:
+            self._tokens, self._steps = rows
+            self._sorted, self._outlines = ordered, None
+            self._joined.clear()
         return worst
 
-    def join(self, tokens: int, until: int) -> None:
-        """Let one more request in."""
-        size = self._size
-        place, own, later = self._with(tokens, until)
-        self._asked = None
-        self._at_end[place:] = later
-        self._moments = [
-            (a, b, memory - (-(tokens + b) // size) if b < until else memory)
-            for a, b, memory in self._moments
+    def _all(self, *further: tuple[int, Sequence[int]]) -> tuple[Ints, Ints]:
+        """Tokens and steps of everyone, and of these."""
+        joined = [*self._joined, *further]
+        if not joined:
+            return self._tokens, self._steps
+        more = np.array([tokens for tokens, _ in joined], dtype=np.int64)
+        until = np.array([steps for _, steps in joined], dtype=np.int64)
+        return (
+            np.concatenate((self._tokens, more)),
+            np.concatenate((self._steps, until.T), axis=1),
+        )
+
+    def _outlined(self) -> list[_Outline]:
+        if self._outlines is None:
+            assert self._sorted is not None
+            self._outlines = [_outline(*rows) for rows in zip(*self._sorted, strict=True)]
+        return self._outlines
+
+
+class _Sorted(NamedTuple):
+    """Everyone by steps descending, per scenario; [scenarios, n] each.
+
+    Attributes:
+        steps: that each goes on.
+        at_end: blocks held when each is about to end.
+    """
+
+    steps: Ints
+    at_end: Ints
+
+    def peaks(self) -> list[int]:
+        """Per scenario, in blocks."""
+        found: list[int] = np.maximum.reduce(self.at_end, axis=1, initial=0).tolist()
+        return found
+
+
+class _Outline(NamedTuple):
+    """The spans of one scenario, from the last to the first, as columns; steps and blocks.
+
+    Attributes:
+        after, until: of which moments each is: above the one, up to the other.
+        moment: at which ``least`` is held.
+        most, least: bounds of the most that is held in it.
+    """
+
+    after: list[int]
+    until: list[int]
+    moment: list[int]
+    most: list[int]
+    least: list[int]
+
+    def grown(self, tokens: int, steps: int, size: int) -> _Outline:
+        """With one more request."""
+        after, until, moment, most, least = self
+        more = tokens + size - 1
+        most = [
+            held + (more + min(end, steps)) // size if start < steps else held
+            for start, end, held in zip(after, until, most, strict=True)
         ]
-        self._moments.append((tokens, until, own))
-
-    def _with(self, tokens: int, until: int) -> tuple[int, int, Ints]:
-        """A candidate's place, the memory at its end, and at the ends of the rows from there on."""
-        if self._asked is not None and self._asked[:2] == (tokens, until):
-            return self._asked[2:]
-        size, place = self._size, int(self._negative.searchsorted(-until, side="right"))
-        later: Ints = (tokens + size - 1) - self._negative[place:]
-        if size > 1:
-            later //= size
-        later += self._at_end[place:]
-        own = self._own(tokens, until, place)
-        self._asked = (tokens, until, place, own, later)
-        return place, own, later
-
-    def _own(self, tokens: int, until: int, place: int) -> int:
-        """Memory when it is about to end itself, with those that do not end before."""
-        size = self._size
-        rounds, rest = divmod(until, size)
-        memory = -(-(tokens + until) // size)
-        for other, longer, _ in self._moments:
-            if longer >= until:
-                memory -= -(other + until) // size
-        if place:
-            memory += int(self._sums[place - 1]) + place * (rounds + 1)
-            if rest and self._at_least is not None:
-                memory += int(self._at_least[place - 1, size - rest])
-        return memory
+        least = [
+            held + (more + at) // size if at <= steps else held
+            for at, held in zip(moment, least, strict=True)
+        ]
+        return _Outline(after, until, moment, most, least)
 
 
-def _sorted_scenarios(tokens: Ints, steps: Ints, size: int) -> list[Scenario]:
+def _outline(steps: Ints, at_end: Ints) -> _Outline:
+    """Of one scenario's rows; the spans are narrow where much is held, and wide elsewhere."""
+    count = len(steps)
+    much = np.flatnonzero(at_end >= _MUCH * np.maximum.reduce(at_end))
+    low, high = int(much[0]), int(much[-1]) + 1
+    first = [*([0] if low else []), *range(low, high, -(-(high - low) // _SPANS))]
+    if high < count:
+        first.append(high)
+    # A row's number behind its blocks, so that the largest says where it is.
+    largest = np.maximum.reduceat(at_end * count + np.arange(count), first).tolist()
+    held = [most // count for most in largest]
+    ends = steps.take(first).tolist()
+    moments = steps.take([most % count for most in largest]).tolist()
+    # After the last end there is nobody; a newcomer may be.
+    return _Outline([*ends, -1], [_NEVER, *ends], [_NEVER, *moments], [0, *held], [0, *held])
+
+
+def _sort(tokens: Ints, steps: Ints, size: int) -> _Sorted:
     scenarios, count = steps.shape
     negative = -steps
     order = negative.argsort(axis=1)
     # Plain offsets and take: indices in two axes cost more than the work at these sizes.
     row = np.arange(scenarios)[:, np.newaxis]
-    negative = negative.take(order + row * count)
+    until = steps.take(order + row * count)
     alive = np.arange(1, count + 1)
     if size == 1:
         sums = (tokens - 1).take(order).cumsum(axis=1)
-        at_end = sums + alive * (1 - negative)
-        return [
-            Scenario(1, ends, sums_, None, at_end_)
-            for ends, sums_, at_end_ in zip(negative, sums, at_end, strict=True)
-        ]
+        return _Sorted(until, sums + alive * (1 + until))
     held = tokens - 1
-    quotient, rounds = held // size, -negative // size
-    residue, rest = held - quotient * size, -negative - rounds * size
+    quotient, rounds = held // size, until // size
+    residue, rest = held - quotient * size, until - rounds * size
     sums = quotient.take(order).cumsum(axis=1)
     # Along the requests, so that a row of counts is added at a time.
     at_least = _at_least(size).take(residue.take(order), axis=0).cumsum(axis=1, dtype=np.int32)
     at_end = sums + alive * (rounds + 1)
     at_end += at_least.take((row * count + alive - 1) * (size + 1) + size - rest)
-    return [Scenario(size, *parts) for parts in zip(negative, sums, at_least, at_end, strict=True)]
+    return _Sorted(until, at_end)
 
 
 @lru_cache(maxsize=8)

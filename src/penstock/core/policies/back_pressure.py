@@ -14,6 +14,7 @@ Limits: the instances' memories are added up, so one of them may overflow; one s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -102,17 +103,14 @@ class BackPressure:
         lengths = self.history.draw_running(self.rng.random(len(rows)), generated, cap)
         tokens = prompt + np.maximum(generated, 1)
         steps = np.maximum(lengths - np.maximum(generated, 1), 0)
-        count, limit = len(ahead), self.factor * kv_tokens
+        # A peak that fills the memory is still good.
+        count, limit = len(ahead), math.floor(self.factor * kv_tokens) + 1
         future = Occupancy(tokens[:count], steps[np.newaxis, :count], 1)
         number = 0
         for own, until in zip(tokens[count:].tolist(), steps[count:].tolist(), strict=True):
-            worst = future.with_candidate(own, [until])[0] if count else own + until
-            if worst > limit and (count or number):
+            below = limit if count or number else math.inf
+            if future.join_below(own, [until], below) >= below:
                 break
-            if not count:
-                count, future = 1, Occupancy(np.array([own]), np.array([[until]]), 1)
-            else:
-                future.add(own, [until], worst)
             number += 1
         return number
 

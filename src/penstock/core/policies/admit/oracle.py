@@ -50,17 +50,15 @@ class Oracle:
             if future is None:
                 future = self._occupancy(view)
                 for earlier in admitted:
-                    left = steps_of(earlier)
-                    future.add(earlier.tokens, left, future.at_most(earlier.tokens, left))
-            steps = steps_of(candidate)
-            worst = future.at_most(candidate.tokens, steps)
-            if fixed + worst > view.capacity:
-                worst = future.with_candidate(candidate.tokens, steps)[0]
-            if fixed + worst > view.capacity:
-                peak = fixed + worst
-                return Defer(f"KV memory: true peak of {peak} blocks exceeds {view.capacity}")
-            future.add(candidate.tokens, steps, worst)
-            return ADMIT
+                    future.join_below(earlier.tokens, steps_of(earlier), math.inf)
+            # A peak that fills the memory is still good.
+            limit = view.capacity - fixed + 1
+            worst = future.join_below(candidate.tokens, steps_of(candidate), limit)
+            if worst < limit:
+                return ADMIT
+            return Defer(
+                f"KV memory: the true peak, {fixed + worst} blocks or more, exceeds {view.capacity}"
+            )
 
         return answer
 

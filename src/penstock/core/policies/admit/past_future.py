@@ -82,7 +82,7 @@ class PastFuture:
             worst = fixed + pass_.worst_with(candidate, limit - fixed)
             if worst >= limit:
                 return Defer(
-                    f"KV memory: forecast peak of {worst} blocks is not below "
+                    f"KV memory: the forecast peak, {worst} blocks or more, is not below "
                     f"{limit:.0f} ({1 - self.reserve:.0%} of {view.capacity})"
                 )
             return ADMIT
@@ -113,21 +113,13 @@ class _Pass:
         self.admitted: list[Candidate] = []
 
     def worst_with(self, candidate: Candidate, limit: float) -> int:
-        """Largest peak of the scenarios with one more request, which joins if it is below."""
+        """See :meth:`Occupancy.join_below`."""
         future = self._future
         if future is None:
             future = self._future = self._occupancy()
             for earlier in self.admitted:
-                drawn = self._steps(earlier)
-                future.add(earlier.tokens, drawn, future.at_most(earlier.tokens, drawn))
-        steps = self._steps(candidate)
-        # A bound that costs nothing, before the exact answer.
-        worst = future.at_most(candidate.tokens, steps)
-        if worst >= limit:
-            worst = max(future.with_candidate(candidate.tokens, steps))
-        if worst < limit:
-            future.add(candidate.tokens, steps, worst)
-        return worst
+                future.join_below(earlier.tokens, self._steps(earlier), math.inf)
+        return future.join_below(candidate.tokens, self._steps(candidate), limit)
 
     def _occupancy(self) -> Occupancy:
         policy, view = self._policy, self._view
@@ -145,7 +137,8 @@ class _Pass:
     def _steps(self, candidate: Candidate) -> list[int]:
         """Steps after the current one, per scenario; unconditional, also after an eviction."""
         policy, view = self._policy, self._view
-        uniform = policy.rng.random(self._scenarios)
+        # One by one: an array of a few numbers costs more than the numbers.
+        uniform = [policy.rng.random() for _ in range(self._scenarios)]
         cap, more = candidate.request.cap, candidate.lag + view.overlap
         had = candidate.generated + 1
         lengths = policy.history.draw_new(uniform, cap, binding=view.caps_bind)
