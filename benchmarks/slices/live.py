@@ -5,10 +5,11 @@
 Each preset serves the same requests on two instances of a random Llama of 32 million parameters,
 one CPU thread each, driven by ``penstock bench`` in an open loop: lengths of ShareGPT over 8, ended
 at their true lengths by the server's test hook, which no policy sees.  ``penstock simulate`` then
-replays the same requests with step times that were recorded under *another* load, before and
-after.  The rate is set once for the machine: the first at which the simulator has ``sls`` produce
-less than 90 % of what ``past-future`` does.  Compared are the ranking by mean response, mean,
-median and p90 response, throughput, and the busier instance's share of the time that both computed.
+replays the same requests with step times that were recorded with *other* requests at that rate,
+under ``past-future`` before and under ``scls`` after.  The rate is set once for the machine: the
+first at which the simulator has ``sls`` produce less than 90 % of what ``past-future`` does.
+Compared are the ranking by mean response, mean, median and p90 response, throughput, and the busier
+instance's share of the time that both computed.
 
 Expected, written before it was measured: the same ranking; response times within 10 % for presets
 that keep up, more for those that fall behind, whose response times add up every error.
@@ -46,7 +47,7 @@ PRESETS: dict[str, dict[str, float]] = {
 LOAD = ("--lengths", "sharegpt", "--scale", "0.125", "--cap", "160")
 KV_TOKENS = 16_384
 COUNT = 400
-OTHER = ("--requests", "80", "--rate", "5", "--seed", "99")
+OTHER = ("--requests", "80", "--seed", "99", "--rate")
 
 
 def serving(preset: str, *more: str) -> list[str]:
@@ -110,7 +111,7 @@ def calibrate() -> str:
     """Requests per second, for this machine."""
     with tempfile.TemporaryDirectory() as folder:
         steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
-        record(steps, serving("past-future"), (*LOAD, *OTHER))
+        record(steps, serving("past-future"), (*LOAD, *OTHER, "5"))
         fit(steps, profile)
         for rate in range(2, 60):
             words = ("--requests", str(COUNT), "--rate", str(rate), "--seed", "0")
@@ -129,11 +130,12 @@ def one_trial(seed: int, rate: str) -> dict[str, dict[str, dict[str, float]]]:
     words = ("--requests", str(COUNT), "--rate", rate, "--seed", str(seed))
     with tempfile.TemporaryDirectory() as folder:
         steps, profile = Path(folder) / "steps.jsonl", Path(folder) / "profile.json"
-        record(steps, serving("past-future"), (*LOAD, *OTHER))
+        record(steps, serving("past-future"), (*LOAD, *OTHER, rate))
         # Whoever comes first or last would always meet the same moods of the machine.
         turns = [list(PRESETS)[(seed + place) % len(PRESETS)] for place in range(len(PRESETS))]
         live = {preset: drive(preset, words) for preset in turns}
-        record(steps, serving("past-future"), (*LOAD, *OTHER))
+        # Whose steps hold many prompts at once, as those of static batches do.
+        record(steps, serving("scls"), (*LOAD, *OTHER, rate))
         fit(steps, profile)
         return {
             preset: {
