@@ -16,12 +16,12 @@ With blocks of ``s`` tokens each term is rounded up by itself:
 a sort and prefix sums still do.
 
 What one more request changes is bounded without sorting anew.  The time until the last end is cut
-into a few spans, each with the most that is held in it, and the moment of that.  A request that
-goes on for ``b`` steps adds at most ``ceil((a + min(b, end)) / s)`` in a span that it lives in, and
-at that moment ``ceil((a + moment) / s)`` if it is still there.  The largest of the first sums is
-not exceeded, the largest of the second is reached.  Before anything is sorted, the sum of what each
-will hold at its end is a bound as well.  Only where the limit lies between the bounds are the
-requests sorted, the newcomer among them.
+into a few spans, each with the most that is held in it.  A request that goes on for ``b`` steps
+adds at most ``ceil((a + min(b, end)) / s)`` in a span that it lives in, and the largest of these
+sums is not exceeded.  At the moment of the peak it adds ``ceil((a + moment) / s)`` if it is still
+there, and that is reached.  Before anything is sorted, the sum of what each will hold at its end is
+a bound as well.  Only where the limit lies between the bounds are the requests sorted, the newcomer
+among them.
 
 Cost, per scenario: O(n log n + n s) to sort, in a handful of vector operations; O(1) for a
 candidate that the bounds answer, which is most of them.
@@ -38,8 +38,7 @@ from numpy.typing import NDArray
 
 from penstock.core.snapshot import Ints
 
-_SPANS = 8  # where more than this share of the peak is held
-_MUCH = 0.9
+_PARTS = (4, 12, 36)  # of the requests, on either side of the peak: where spans begin
 _NEVER = 1 << 62
 
 
@@ -106,7 +105,7 @@ class Occupancy:
                 self._outlines = grown
                 self._joined.append((tokens, steps))
                 return most
-            least = max([max(outline.least) for outline in grown])
+            least = max([outline.least for outline in grown])
             if least >= limit:
                 return least
         return self._join_exactly(tokens, steps, limit)
@@ -158,50 +157,45 @@ class _Sorted(NamedTuple):
 
 
 class _Outline(NamedTuple):
-    """The spans of one scenario, from the last to the first, as columns; steps and blocks.
+    """One scenario in spans of time, from the last to the first, as columns; steps and blocks.
 
     Attributes:
         after, until: of which moments each is: above the one, up to the other.
-        moment: at which ``least`` is held.
-        most, least: bounds of the most that is held in it.
+        most: bounds of what is held in it.
+        moment: of the peak when this was drawn.
+        least: what is held at it.
     """
 
     after: list[int]
     until: list[int]
-    moment: list[int]
     most: list[int]
-    least: list[int]
+    moment: int
+    least: int
 
     def grown(self, tokens: int, steps: int, size: int) -> _Outline:
         """With one more request."""
-        after, until, moment, most, least = self
+        after, until, most, moment, least = self
         more = tokens + size - 1
         most = [
             held + (more + min(end, steps)) // size if start < steps else held
             for start, end, held in zip(after, until, most, strict=True)
         ]
-        least = [
-            held + (more + at) // size if at <= steps else held
-            for at, held in zip(moment, least, strict=True)
-        ]
-        return _Outline(after, until, moment, most, least)
+        if moment <= steps:
+            least += (more + moment) // size
+        return _Outline(after, until, most, moment, least)
 
 
 def _outline(steps: Ints, at_end: Ints) -> _Outline:
-    """Of one scenario's rows; the spans are narrow where much is held, and wide elsewhere."""
-    count = len(steps)
-    much = np.flatnonzero(at_end >= _MUCH * np.maximum.reduce(at_end))
-    low, high = int(much[0]), int(much[-1]) + 1
-    first = [*([0] if low else []), *range(low, high, -(-(high - low) // _SPANS))]
-    if high < count:
-        first.append(high)
-    # A row's number behind its blocks, so that the largest says where it is.
-    largest = np.maximum.reduceat(at_end * count + np.arange(count), first).tolist()
-    held = [most // count for most in largest]
+    """Of one scenario's rows; the spans are narrow about the peak, and wide elsewhere."""
+    count, peak_row = len(steps), int(at_end.argmax())
+    near = (peak_row + sign * count // part for part in _PARTS for sign in (-1, 1))
+    first = sorted({0, peak_row, *[row for row in near if 0 < row < count]})
+    most = np.maximum.reduceat(at_end, first).tolist()
     ends = steps.take(first).tolist()
-    moments = steps.take([most % count for most in largest]).tolist()
     # After the last end there is nobody; a newcomer may be.
-    return _Outline([*ends, -1], [_NEVER, *ends], [_NEVER, *moments], [0, *held], [0, *held])
+    return _Outline(
+        [*ends, -1], [_NEVER, *ends], [0, *most], steps.item(peak_row), at_end.item(peak_row)
+    )
 
 
 def _sort(tokens: Ints, steps: Ints, size: int) -> _Sorted:
