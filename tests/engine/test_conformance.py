@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,6 +38,40 @@ class Flat(NativeEngine):
 
 def test_native_engine_whose_kv_stays_on_its_device(model: LoadedModel) -> None:
     check_engine(lambda capabilities: Flat(model, capabilities, kv_on_device=True))
+
+
+def test_a_device_without_room_has_its_copy_in_host_memory(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is the host here: what counts is that someone else is asked."""
+    full = [torch.OutOfMemoryError("full")]
+    real_clone, real_cat = torch.Tensor.clone, torch.cat
+
+    def once_full(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if full:
+                raise full.pop()
+            return real(*args, **kwargs)
+
+        return call
+
+    class Full(Flat):
+        def take_kv(
+            self, request_id: RequestId, start: int = 0, end: int | None = None
+        ) -> LayerKV | None:
+            full[:] = [torch.OutOfMemoryError("full")]
+            monkeypatch.setattr(torch.Tensor, "clone", once_full(real_clone))
+            kv = NativeEngine.take_kv(self, request_id, start, end)
+            monkeypatch.setattr(torch.Tensor, "clone", real_clone)
+            assert kv is None or not full
+            full[:] = [torch.OutOfMemoryError("full")]
+            monkeypatch.setattr(torch, "cat", once_full(real_cat))
+            found = None if kv is None else LayerKV.from_flat(*kv.flat())
+            monkeypatch.setattr(torch, "cat", real_cat)
+            assert found is None or not full
+            return found
+
+    check_engine(lambda capabilities: Full(model, capabilities, kv_on_device=True))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from penstock.cluster.parcels import Desk, Packed, Parcel, ParcelLostError
+from penstock.cluster.parcels import Desk, Packed, Parcel, ParcelLostError, first_line
 from penstock.server.engine_loop import build_loop, spin_briefly
 from penstock.server.factories import EngineSpec, kv_codec
 from penstock.server.messages import Add, Brought, Cancel, Command, Event, Missed, Stop
@@ -114,8 +114,10 @@ class CallPipe:
         try:
             size = await self._desk.deliver(add.id, parcels)
             event = Brought(add.id, size)
-        except (ParcelLostError, ValueError) as error:
-            event = Missed(add.id, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request must go on
+            if not isinstance(error, ParcelLostError | ValueError):
+                traceback.print_exc()
+            event = Missed(add.id, first_line(error))
         self._fetching.pop(add.id, None)
         with self._changed:
             if isinstance(event, Brought):
@@ -160,8 +162,13 @@ class Instance:
         if self._spec.kv_transport:
             from penstock.cluster.transports import transport
 
-            codec = kv_codec(self._spec.kind)
-            desk = Desk(transport(self._spec.kv_transport, codec), codec.join)
+            name, codec = self._spec.kv_transport, kv_codec(self._spec.kind)
+            device = str(self._spec.options.get("device", "auto"))
+            try:
+                desk = Desk(transport(name, codec, device), codec.join)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the operator must read it
+                traceback.print_exc()
+                return os.getpid(), f"--kv-transport {name}: {first_line(error)}"
         self._pipe = CallPipe(desk)
         loaded: asyncio.Future[str] = loop.create_future()
 

@@ -103,7 +103,8 @@ def build_front(
         options["memory_share"] = room.memory_share
     transport = cluster.kv_transport if cluster.prefill else ""
     if transport == "nixl":
-        options["kv_on_device"] = True
+        # Where memory is taken unasked, some is left for the copies.
+        options |= {"kv_on_device": True, "memory_share": 0.9 * room.memory_share}
     spec = msgspec.structs.replace(spec, options=options, kv_transport=transport)
     cpus, gpus = room.cpus, cluster.gpus_per_instance
     front.attach(RayFleet(spec, cluster.count, cpus, gpus, front))

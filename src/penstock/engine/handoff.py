@@ -73,9 +73,13 @@ class LayerKV:
         return cls(layers)
 
     def flat(self) -> tuple[Tensor, Shapes]:
-        """As one tensor where they are, ``[elements]``, and their shapes."""
-        parts = [part for layer in self.layers for part in layer]
-        return torch.cat([part.flatten() for part in parts]), tuple(tuple(p.shape) for p in parts)
+        """As one tensor ``[elements]``, where they are if there is room, and their shapes."""
+        parts = [part.flatten() for layer in self.layers for part in layer]
+        shapes = tuple(tuple(part.shape) for layer in self.layers for part in layer)
+        try:
+            return torch.cat(parts), shapes
+        except torch.OutOfMemoryError:
+            return torch.cat([part.cpu() for part in parts]), shapes
 
     @classmethod
     def from_flat(cls, flat: Tensor, shapes: Shapes) -> LayerKV:
@@ -92,9 +96,11 @@ class LayerKV:
         return cls(tuple(zip(parts[::2], parts[1::2], strict=True)))
 
     @classmethod
-    def sample(cls) -> LayerKV:
-        """Of one token, in host memory; all zeros."""
-        return cls(((torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)),))
+    def sample(cls, device: str) -> LayerKV:
+        """Of one token, all zeros; ``device`` is as :meth:`NativeEngine.load` takes it."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(((torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, 1, device=device)),))
 
     @classmethod
     def join(cls, parts: Sequence[LayerKV]) -> LayerKV:
@@ -119,7 +125,22 @@ class LayerKV:
 def export(
     layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int, *, to_host: bool = True
 ) -> LayerKV:
-    """Copy the KV of tokens ``start`` to ``end`` of a block table, to host memory or in place."""
+    """Copy the KV of tokens ``start`` to ``end`` of a block table.
+
+    Args:
+        to_host: to host memory; else it stays on its device, if there is room for a copy.
+    """
+    if not to_host:
+        try:
+            return _export(layers, blocks, start, end, to_host=False)
+        except torch.OutOfMemoryError:
+            pass
+    return _export(layers, blocks, start, end, to_host=True)
+
+
+def _export(
+    layers: Sequence[PagedLayer], blocks: Blocks, start: int, end: int, *, to_host: bool
+) -> LayerKV:
     size = layers[0].key_cache.shape[2]
     first = start // size
     where = torch.from_numpy(blocks[first : -(-end // size)]).long()

@@ -5,6 +5,7 @@ The only place of the server that knows of :mod:`penstock.cluster`, and only whe
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from penstock.server.metrics import Metrics
 from penstock.server.supervisor import Backend, Listener, Supervisor
 from penstock.settings import ClusterConfig, Config
 from penstock.text.tokenizer import TextTokenizer
+
+_RAY_WITH_NIXL = (2, 60)
 
 
 def has_front(config: Config) -> bool:
@@ -85,6 +88,10 @@ def _check_nixl(engine: str) -> None:
         raise ConfigError(msg)
     if importlib.util.find_spec("nixl") is None:
         msg = "--kv-transport nixl: NIXL is not installed; install it with 'penstock[nixl]'"
+        raise ConfigError(msg)
+    there = importlib.metadata.version("ray")
+    if tuple(map(int, there.split(".")[:2])) < _RAY_WITH_NIXL:
+        msg = f"--kv-transport nixl: Ray is {there}; it needs 2.60 or later ('penstock[nixl]')"
         raise ConfigError(msg)
 
 

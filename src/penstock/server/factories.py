@@ -121,12 +121,12 @@ def _load(spec: EngineSpec) -> Engine:
 class TensorCodec(NamedTuple):
     """How KV becomes one tensor where it is, with what tells its parts apart, and KV again.
 
-    ``sample`` makes a small KV, to try a transport with.
+    ``sample`` makes a small KV on a device, to try a transport with.
     """
 
     flat: Callable[[Any], tuple[Any, Any]]
     from_flat: Callable[[Any, Any], KV]
-    sample: Callable[[], KV]
+    sample: Callable[[str], KV]
 
 
 class KVCodec(NamedTuple):
