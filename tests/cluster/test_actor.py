@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.cluster import transports
 from penstock.cluster.actor import MOST_EVENTS, CallPipe, Instance
 from penstock.cluster.parcels import Desk, Packed, Parcel, Weighed
 from penstock.core.engine import KV, Work
@@ -137,6 +138,38 @@ async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
     await asyncio.sleep(0)
     assert pipe.receive() is None
     assert pipe._fetching == {}
+
+
+async def test_whatever_keeps_kv_from_arriving_the_front_hears_of_it() -> None:
+    class Broken:
+        def pack(self, kv: KV) -> Weighed:
+            raise AssertionError(kv)
+
+        async def unpack(self, parcel: Parcel) -> Weighed:
+            raise KeyError(parcel)
+
+        async def fetch(self, parcel: Parcel) -> None:
+            raise AssertionError(parcel)
+
+    pipe = CallPipe(Desk(Broken(), kv_codec("scripted").join))
+    rest = Request("a", 3, 20, 0.0, generated=1, computed=3)
+    add = Add.pack(rest, Work([1, 2, 3], generated=[4]))
+    pipe.put([msgspec.msgpack.encode(add)], 0.0, {"a": [b"x"]})
+    (event,), _ = await pipe.take()
+    assert msgspec.msgpack.decode(event, type=Event) == Missed("a", "b'x'")
+    assert pipe.receive() is None
+    assert pipe._fetching == {}
+
+
+async def test_a_transport_that_does_not_work_here_is_said_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(transports, "transport", refuse)
+    _, words = await Instance(spec(kv_transport="nixl")).load()
+    assert words == "--kv-transport nixl: no such device"
 
 
 async def test_what_keeps_it_from_loading_is_said_in_words() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
+import importlib.util
 import random
 import sys
 
@@ -192,6 +194,15 @@ def test_a_direct_transport_needs_tensors_and_its_library(
     monkeypatch.setitem(sys.modules, "nixl", None)
     message = {"sim": "not of sim", "native": r"install it with 'penstock\[nixl\]'"}[engine]
     with pytest.raises(ConfigError, match=f"--kv-transport nixl: .*{message}"):
+        check(config)
+
+
+def test_a_direct_transport_needs_a_ray_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = {"prefill": 1, "decode": 1, "kv_transport": "nixl"}
+    config = Config.model_validate({"cluster": cluster})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.40.0")
+    with pytest.raises(ConfigError, match=r"Ray is 2\.40\.0; it needs 2\.60"):
         check(config)
 
 
