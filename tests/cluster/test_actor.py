@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -12,8 +13,8 @@ import pytest
 
 from penstock.cluster import transports
 from penstock.cluster.actor import MOST_EVENTS, CallPipe, Instance
-from penstock.cluster.parcels import Desk, Packed, Parcel, Weighed
-from penstock.core.engine import KV, Work
+from penstock.cluster.parcels import Desk, Inline, Packed, Parcel, Weighed
+from penstock.core.engine import Work
 from penstock.core.types import FinishReason, Request
 from penstock.server.factories import EngineSpec, kv_codec
 from penstock.server.messages import Add, Brought, Cancel, Event, Explained, Missed, Ready, Step
@@ -116,22 +117,33 @@ async def test_one_actor_goes_on_where_another_ended() -> None:
         await asyncio.wait_for(instance.close(), 5)
 
 
-async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
-    class Never:
-        def pack(self, kv: KV) -> Weighed:
-            raise AssertionError(kv)
+class Arriving(Inline):
+    """KV comes as this says."""
 
-        async def unpack(self, parcel: Parcel) -> Weighed:
-            await asyncio.Event().wait()
-            raise AssertionError(parcel)
+    def __init__(self, arrive: Callable[[], Awaitable[Weighed]]) -> None:
+        super().__init__(kv_codec("scripted"))
+        self._arrive = arrive
 
-        async def fetch(self, parcel: Parcel) -> None:
-            raise AssertionError(parcel)
+    async def unpack(self, parcel: Parcel) -> Weighed:
+        del parcel
+        return await self._arrive()
 
-    pipe = CallPipe(Desk(Never(), kv_codec("scripted").join))
+
+def waiting_for_kv(arrive: Callable[[], Awaitable[Weighed]]) -> CallPipe:
+    """A pipe that was sent request ``a`` with KV."""
+    pipe = CallPipe(Desk(Arriving(arrive), kv_codec("scripted").join))
     rest = Request("a", 3, 20, 0.0, generated=1, computed=3)
     add = Add.pack(rest, Work([1, 2, 3], generated=[4]))
     pipe.put([msgspec.msgpack.encode(add)], 0.0, {"a": [b"x"]})
+    return pipe
+
+
+async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
+    async def never() -> Weighed:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    pipe = waiting_for_kv(never)
     await asyncio.sleep(0)
     assert pipe.receive() is None
     pipe.put([msgspec.msgpack.encode(Cancel("a", FinishReason.CANCELLED))])
@@ -141,22 +153,12 @@ async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
 
 
 async def test_whatever_keeps_kv_from_arriving_the_front_hears_of_it() -> None:
-    class Broken:
-        def pack(self, kv: KV) -> Weighed:
-            raise AssertionError(kv)
+    async def broken() -> Weighed:
+        raise KeyError("x")
 
-        async def unpack(self, parcel: Parcel) -> Weighed:
-            raise KeyError(parcel)
-
-        async def fetch(self, parcel: Parcel) -> None:
-            raise AssertionError(parcel)
-
-    pipe = CallPipe(Desk(Broken(), kv_codec("scripted").join))
-    rest = Request("a", 3, 20, 0.0, generated=1, computed=3)
-    add = Add.pack(rest, Work([1, 2, 3], generated=[4]))
-    pipe.put([msgspec.msgpack.encode(add)], 0.0, {"a": [b"x"]})
+    pipe = waiting_for_kv(broken)
     (event,), _ = await pipe.take()
-    assert msgspec.msgpack.decode(event, type=Event) == Missed("a", "b'x'")
+    assert msgspec.msgpack.decode(event, type=Event) == Missed("a", "'x'")
     assert pipe.receive() is None
     assert pipe._fetching == {}
 

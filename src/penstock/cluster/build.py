@@ -19,6 +19,9 @@ from penstock.server.messages import Command, Event, Ready
 from penstock.server.supervisor import Backend, Listener, Supervisor
 from penstock.settings import Config
 
+# Of the memory that instances take unasked, where copies of KV lie on the device too.
+_BESIDE_COPIES = 0.9
+
 
 class OneProcess:
     """One engine process as the only instance: slices without Ray.
@@ -103,8 +106,8 @@ def build_front(
         options["memory_share"] = room.memory_share
     transport = cluster.kv_transport if cluster.prefill else ""
     if transport == "nixl":
-        # Where memory is taken unasked, some is left for the copies.
-        options |= {"kv_on_device": True, "memory_share": 0.9 * room.memory_share}
+        options["kv_on_device"] = True
+        options["memory_share"] = room.memory_share * _BESIDE_COPIES
     spec = msgspec.structs.replace(spec, options=options, kv_transport=transport)
     cpus, gpus = room.cpus, cluster.gpus_per_instance
     front.attach(RayFleet(spec, cluster.count, cpus, gpus, front))

@@ -7,7 +7,7 @@ import asyncio
 import ray
 from ray.exceptions import RayError
 
-from penstock.cluster.parcels import PATIENCE, Parcel, ParcelLostError, Weighed, first_line
+from penstock.cluster.parcels import PATIENCE, Inline, Parcel, ParcelLostError, Weighed, first_line
 from penstock.core.engine import KV
 from penstock.server.factories import KVCodec
 
@@ -22,12 +22,12 @@ class ObjectStore:
     """
 
     def __init__(self, codec: KVCodec) -> None:
-        self._codec = codec
+        self._inline = Inline(codec)
 
     def pack(self, kv: KV) -> Weighed:
         """Put it there, as bytes."""
-        data = self._codec.encode(kv)
-        return Weighed(ray.put(data), len(data))
+        data, size = self._inline.pack(kv)
+        return Weighed(ray.put(data), size)
 
     async def unpack(self, parcel: Parcel) -> Weighed:
         """Get it."""
@@ -35,7 +35,7 @@ class ObjectStore:
             data: bytes = await asyncio.wait_for(parcel, PATIENCE)
         except (RayError, TimeoutError) as error:
             raise ParcelLostError(first_line(error)) from None
-        return Weighed(self._codec.decode(data), len(data))
+        return await self._inline.unpack(data)
 
     async def fetch(self, parcel: Parcel) -> None:
         """Have Ray bring it to this machine's store, without a copy of it in this process."""

@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from penstock.core.lifecycle import MOVES, State, check_move
+from penstock.core.lifecycle import State, check_move
 from penstock.core.memory import Holding, blocks_for
 from penstock.core.policies.base import OrderKey
 from penstock.core.snapshot import Ints
@@ -72,8 +72,7 @@ class Entry:
 
     def move(self, state: State) -> None:
         """Change state; raises on an illegal move."""
-        if state not in MOVES[self.state]:
-            check_move(self.request.id, self.state, state)
+        check_move(self.request.id, self.state, state)
         self.state = state
 
 
@@ -231,11 +230,9 @@ class _Rows:
 
     def remove(self, row: int) -> None:
         """The last row takes the place of this one."""
-        seqs, prompts, bases, caps = self._columns
-        last = len(seqs) - 1
-        seq, prompt, base, cap = seqs.pop(), prompts.pop(), bases.pop(), caps.pop()
-        if row < last:
-            seqs[row], prompts[row], bases[row], caps[row] = seq, prompt, base, cap
+        for column in self._columns:
+            column[row] = column[-1]
+            column.pop()
 
     def arrays(self) -> Iterator[Ints]:
         # Copies: an array that shares its memory could not grow.
