@@ -129,5 +129,9 @@ def test_columns_cannot_change_the_members() -> None:
     members = DecodeSet(1)
     members.join(member(members, 0, 5, 1, 10).entry)
     for column in members.columns():
-        column[:] = 99
-    assert [column.tolist() for column in members.columns()] == [[0], [5], [1], [10]]
+        with pytest.raises(ValueError, match="read-only"):
+            column[:] = 99
+    columns = members.columns()
+    members.tick()
+    assert columns[2].tolist() == [1]
+    assert [column.tolist() for column in members.columns()] == [[0], [5], [2], [10]]

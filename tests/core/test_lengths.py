@@ -84,6 +84,24 @@ def test_running_draws_stay_in_range(
     assert generated <= one(history(past), generated, generated + more, uniform) <= generated + more
 
 
+@given(
+    st.integers(2, 6),
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 90)), min_size=1, max_size=20),
+    st.none() | st.integers(1, 60),
+    unit,
+)
+def test_draws_keep_up_with_the_past(
+    window: int, turns: list[tuple[int, int]], cold_start: int | None, uniform: float
+) -> None:
+    """Ends and draws take turns: each draw is from the window as it is by then."""
+    made = LengthHistory(window, cold_start)
+    for length, generated in turns:
+        made.observe(length)
+        full = made.sorted_lengths().tolist()
+        cap = generated + 30
+        assert one(made, generated, cap, uniform) == literal(full, generated, cap, uniform)
+
+
 def test_knots_are_strictly_greater() -> None:
     """With g = 5 the past's 5 is no knot: the knots are 5 (g), 9, and the cap 20."""
     made = history([5, 5, 5, 9])

@@ -62,6 +62,22 @@ def test_the_order_of_requests_does_not_matter(requests: list[Pair], random: Ran
     assert peak(*split(shuffled), 4) == peak(*split(requests), 4)
 
 
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_more_requests_than_sixteen_bits_count(block_size: int) -> None:
+    """All hold one token more than full blocks, so that every count is as large as it can be."""
+    count = 70_000
+    tokens = np.full(count, 4 * block_size + 1, dtype=np.int64)
+    steps = np.full(count, 2 * block_size - 1, dtype=np.int64)
+    assert peak(tokens, steps, block_size) == count * 6
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_lengths_that_no_request_will_reach(block_size: int) -> None:
+    """A cold start without caps that bind: steps beyond 31 bits."""
+    far = (1 << 31) + 17
+    assert peak(ints([5, 900]), ints([far, 3]), block_size) == -(-(5 + far) // block_size)
+
+
 def test_nobody_needs_nothing() -> None:
     nobody = np.zeros((3, 0), dtype=np.int64)
     for block_size in (1, 16):

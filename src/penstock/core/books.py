@@ -273,10 +273,9 @@ class Books:
                 [(e.seq, e.request.prompt_tokens, e.generated, e.request.cap) for e in rows],
                 dtype=np.int64,
             )
-            seq, prompt, generated, cap = (
-                np.concatenate((old, more[:, column]))
-                for column, old in enumerate((seq, prompt, generated, cap))
-            )
+            joined = np.concatenate(((seq, prompt, generated, cap), more.T), axis=1)
+            joined.flags.writeable = False
+            seq, prompt, generated, cap = joined
             lag = np.zeros_like(shared)
             per_step = self.prefill_per_step
             lag[len(ids) :] = [
@@ -288,8 +287,7 @@ class Books:
             holders = [*self.decode.entries, *rows]
             common = [entry.holding.common for entry in holders]
             shared = np.array(common, dtype=np.int64) * self.ledger.block_size
-        for column in (seq, prompt, generated, cap, shared, lag):
-            column.flags.writeable = False
+        shared.flags.writeable = lag.flags.writeable = False
         return Columns(ids, seq, prompt, generated, cap, shared, lag)
 
     def check(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -97,7 +97,7 @@ class DecodeSet:
         self._members: list[Entry] = []
         self._names: list[RequestId] = []
         self._row: dict[RequestId, int] = {}
-        self._columns = _Rows()
+        self._rows = _Rows()
         self._ids: tuple[RequestId, ...] | None = ()
 
     def __len__(self) -> int:
@@ -173,7 +173,7 @@ class DecodeSet:
         """Let a request in whose chunk has just sampled; ``entry.base`` is set."""
         request = entry.request
         self._row[request.id] = len(self._members)
-        self._columns.append(entry.seq, request.prompt_tokens, entry.base, request.cap)
+        self._rows.append(entry.seq, request.prompt_tokens, entry.base, request.cap)
         self._members.append(entry)
         self._names.append(request.id)
         self._crossing[self._residue(entry)] += 1
@@ -193,7 +193,7 @@ class DecodeSet:
         if last is not entry:
             self._members[row], self._names[row] = last, name
             self._row[name] = row
-        self._columns.remove(row)
+        self._rows.remove(row)
         self._crossing[self._residue(entry)] -= 1
         # Those that a tick has just returned have no bucket any more.
         bucket = self._capped.get(entry.request.cap - entry.base)
@@ -205,35 +205,35 @@ class DecodeSet:
         holding.private = blocks_for(entry.computed, self._block_size) - len(holding.keys)
         self._ids = None
 
-    def columns(self) -> tuple[Ints, Ints, Ints, Ints]:
+    def columns(self) -> Sequence[Ints]:
         """(seq, prompt, generated, cap) of the members, in the order of :attr:`ids`."""
-        seq, prompt, base, cap = self._columns.arrays()
-        return seq, prompt, base + self.ticks, cap
+        return self._rows.columns(self.ticks)
 
     def _residue(self, entry: Entry) -> int:
         return (entry.request.prompt_tokens + entry.base - 1) % self._block_size
 
 
 class _Rows:
-    """Four columns of integers: cheap to change a row of, cheap to copy into arrays."""
+    """Rows of four integers: cheap to add and to remove, cheap to copy into arrays."""
 
     def __init__(self) -> None:
-        self._columns = tuple(array("q") for _ in range(4))
+        # Row by row, so that a row comes and goes in one piece.
+        self._flat = array("q")
 
-    def append(self, seq: int, prompt: int, base: int, cap: int) -> None:
-        # One by one: a loop over four costs twice as much, for every request.
-        seqs, prompts, bases, caps = self._columns
-        seqs.append(seq)
-        prompts.append(prompt)
-        bases.append(base)
-        caps.append(cap)
+    def append(self, *row: int) -> None:
+        self._flat.extend(row)
 
     def remove(self, row: int) -> None:
         """The last row takes the place of this one."""
-        for column in self._columns:
-            column[row] = column[-1]
-            column.pop()
+        flat = self._flat
+        flat[4 * row : 4 * row + 4] = flat[-4:]
+        del flat[-4:]
 
-    def arrays(self) -> Iterator[Ints]:
-        # Copies: an array that shares its memory could not grow.
-        return (np.array(column, dtype=np.int64) for column in self._columns)
+    def columns(self, ticks: int) -> Sequence[Ints]:
+        """The four, as arrays that cannot be written to; the third with so many added."""
+        # A copy: while an array shares its memory it could not grow.
+        columns = np.frombuffer(self._flat, dtype=np.int64).reshape(-1, 4).T.copy()
+        generated = columns[2]
+        generated += ticks
+        columns.flags.writeable = generated.flags.writeable = False
+        return columns[0], columns[1], generated, columns[3]

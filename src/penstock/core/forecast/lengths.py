@@ -53,6 +53,8 @@ class LengthHistory:
         # 0, then the lengths ascending, then space: see draw_running.
         self._sorted = np.full(window + 2, first, dtype=np.int64)
         self._sorted[0] = 0
+        # [g]: how many are at most g, as far as anyone asked: a table is quicker than a search.
+        self._ranks = np.zeros(0, dtype=np.int64)
 
     def observe(self, length: int) -> None:
         """Add an output length, forgetting the oldest if the window is full."""
@@ -60,7 +62,10 @@ class LengthHistory:
         past = self._sorted[1:]
         place = int(past[:count].searchsorted(length))
         if count == self._window:
-            gone = int(past[:count].searchsorted(self._lengths.popleft()))
+            oldest = self._lengths.popleft()
+            self._ranks[length:oldest] += 1
+            self._ranks[oldest:length] -= 1
+            gone = int(past[:count].searchsorted(oldest))
             # Only what lies between the two places moves.
             if gone < place:
                 place -= 1
@@ -68,6 +73,7 @@ class LengthHistory:
             else:
                 past[place + 1 : gone + 1] = past[place:gone]
         else:
+            self._ranks[length:] += 1
             past[place + 1 : count + 1] = past[place:count]
         past[place] = length
         self._lengths.append(length)
@@ -84,8 +90,9 @@ class LengthHistory:
             binding: whether the cap binds.
         """
         count, item = len(self._lengths), self._sorted.item
-        drawn = [item(int(x * count) + 1) for x in uniform]
-        return [min(length, cap) for length in drawn] if binding else drawn
+        if binding:
+            return [min(item(int(x * count) + 1), cap) for x in uniform]
+        return [item(int(x * count) + 1) for x in uniform]
 
     def draw_running(
         self, uniform: NDArray[np.float64], generated: Ints, cap: Ints, *, binding: bool = True
@@ -101,27 +108,37 @@ class LengthHistory:
         Returns:
             int64 [..., n], each at least ``generated`` and, if caps bind, at most the cap.
         """
-        count = len(self._lengths)
-        past = self._sorted[1 : count + 1]
-        longest = int(past[-1])
-        first = past.searchsorted(generated, side="right")
+        count, knots = len(self._lengths), self._sorted
+        longest = knots.item(count)
+        first = self._up_to(generated)
         # The cap as one more knot: if larger than all others, or in any case.
         tail = longest < cap if binding else 1
         position = uniform * (count - first + tail)
-        knot = position.astype(np.int64)
-        position -= knot
-        place = first + knot
-        # sorted[place] is the past length before place; below g only before the first knot.
-        low = np.maximum(self._sorted.take(place), generated)
+        place = position.astype(np.int64)
+        position -= place
+        place += first
+        # knots[place] is the past length before place; below g only before the first knot.
+        low = knots.take(place)
+        np.maximum(low, generated, out=low)
         place += 1
-        high = self._sorted.take(place)
+        high = knots.take(place)
         last = cap if binding else np.maximum(cap, longest)
         # Beyond the longest there is only the cap.
         np.copyto(high, last, where=place > count)
-        position *= high - low
+        high -= low
+        position *= high
         position += low
         # Rounding cannot leave [low, high].
         drawn: Ints = np.rint(position, out=position).astype(np.int64)
         if binding:
             np.minimum(drawn, cap, out=drawn)
         return drawn
+
+    def _up_to(self, generated: Ints) -> Ints:
+        """How many past lengths do not exceed each of these."""
+        try:
+            return self._ranks.take(generated)
+        except IndexError:
+            size = 2 * int(generated.max()) + 1
+            self._ranks = self.sorted_lengths().searchsorted(np.arange(size), side="right")
+            return self._ranks.take(generated)

@@ -11,8 +11,8 @@ ends, so memory can only peak just before an end.  With ``a`` tokens after the c
 step and ``b`` further steps each, sorted by ``b`` descending, the memory when the
 i-th is about to end is ``M_i = sum_{j<=i} a_j + i * b_i``, and the peak is their maximum.
 With blocks of ``s`` tokens each term is rounded up by itself:
-``M_i = sum_{j<=i} ceil((a_j + b_i) / s)``.  Writing ``a_j - 1 = q_j s + r_j`` and
-``b_i = Q_i s + R_i``, that is ``sum q_j + i (Q_i + 1) + #{j <= i : r_j >= s - R_i}``, so
+``M_i = sum_{j<=i} ceil((a_j + b_i) / s)``.  Writing ``a_j = q_j s + r_j`` and
+``b_i + s - 1 = Q_i s + R_i``, that is ``sum q_j + i Q_i + #{j <= i : r_j + R_i >= s}``, so
 a sort and prefix sums still do.
 
 What one more request changes is bounded without sorting anew.  The time until the last end is cut
@@ -34,12 +34,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from penstock.core.snapshot import Ints
 
 _PARTS = (4, 12, 36)  # of the requests, on either side of the peak: where spans begin
 _NEVER = 1 << 62
+_TOKEN_BITS = 31
+_MOST_TOKENS = (1 << _TOKEN_BITS) - 1
+_FEW = 1 << 15  # requests that can be counted in 16 bits, with a sign
 
 
 def peak(tokens: Ints, steps: Ints, block_size: int = 1) -> int:
@@ -199,28 +201,54 @@ def _outline(steps: Ints, at_end: Ints) -> _Outline:
 
 
 def _sort(tokens: Ints, steps: Ints, size: int) -> _Sorted:
-    scenarios, count = steps.shape
-    negative = -steps
-    order = negative.argsort(axis=1)
-    # Plain offsets and take: indices in two axes cost more than the work at these sizes.
-    row = np.arange(scenarios)[:, np.newaxis]
-    until = steps.take(order + row * count)
+    count = steps.shape[1]
+    # Steps and tokens in one number: to sort numbers is cheaper than to find their order, and
+    # then to put two arrays into it.
+    rows = steps << _TOKEN_BITS
+    rows -= tokens
+    rows.sort(axis=1)
+    rows = rows[:, ::-1]
+    until = (rows + _MOST_TOKENS) >> _TOKEN_BITS
+    held = (until << _TOKEN_BITS) - rows
     alive = np.arange(1, count + 1)
     if size == 1:
-        sums = (tokens - 1).take(order).cumsum(axis=1)
-        return _Sorted(until, sums + alive * (1 + until))
-    held = tokens - 1
-    quotient, rounds = held // size, until // size
-    residue, rest = held - quotient * size, until - rounds * size
-    sums = quotient.take(order).cumsum(axis=1)
-    # Along the requests, so that a row of counts is added at a time.
-    at_least = _at_least(size).take(residue.take(order), axis=0).cumsum(axis=1, dtype=np.int32)
-    at_end = sums + alive * (rounds + 1)
-    at_end += at_least.take((row * count + alive - 1) * (size + 1) + size - rest)
+        at_end = np.add.accumulate(held, axis=1)
+        at_end += alive * until
+        return _Sorted(until, at_end)
+    up = until + (size - 1)
+    quotient, rounds = held // size, up // size
+    residue, rest = held - quotient * size, up - rounds * size
+    at_end = np.add.accumulate(quotient, axis=1)
+    rounds *= alive
+    at_end += rounds
+    at_end += _carries(residue, rest, size)
     return _Sorted(until, at_end)
 
 
-@lru_cache(maxsize=8)
-def _at_least(size: int) -> NDArray[np.int32]:
-    """[r, x]: 1 if r is x or more, for each residue r of a block size."""
-    return np.tri(size, size + 1, dtype=np.int32)
+def _carries(residue: Ints, rest: Ints, size: int) -> Ints:
+    """How many residues up to each place make a block more together with the rest there."""
+    scenarios, count = residue.shape
+    bits = 16 if count < _FEW else 32
+    words = np.add.accumulate(_carry_table(size, bits).take(residue, axis=1), axis=2)
+    word, field = rest // (64 // bits), rest % (64 // bits)
+    word *= scenarios * count
+    word += np.arange(scenarios * count).reshape(scenarios, count)
+    counts = words.take(word)
+    field *= bits
+    counts >>= field
+    counts &= (1 << bits) - 1
+    return counts
+
+
+@lru_cache(maxsize=16)
+def _carry_table(size: int, bits: int) -> Ints:
+    """[w, r]: a field of so many bits for each rest: 1 if residue and rest are a block or more.
+
+    A few counts are kept in one number, so that there are fewer numbers to sum up.
+    """
+    per_word = 64 // bits
+    table = np.zeros((-(-size // per_word), size), dtype=np.int64)
+    for rest in range(size):
+        word, field = divmod(rest, per_word)
+        table[word, size - rest :] += 1 << field * bits
+    return table

@@ -137,9 +137,9 @@ class _Pass:
     def _steps(self, candidate: Candidate) -> list[int]:
         """Steps after the current one, per scenario; unconditional, also after an eviction."""
         policy, view = self._policy, self._view
-        # One by one: an array of a few numbers costs more than the numbers.
-        uniform = [policy.rng.random() for _ in range(self._scenarios)]
-        cap, more = candidate.request.cap, candidate.lag + view.overlap
-        had = candidate.generated + 1
-        lengths = policy.history.draw_new(uniform, cap, binding=view.caps_bind)
-        return [max(0, length - had) + more for length in lengths]
+        # The same numbers as one by one.
+        uniform = policy.rng.random(self._scenarios).tolist()
+        request, had = candidate.request, candidate.generated + 1
+        more = candidate.lag + view.overlap
+        lengths = policy.history.draw_new(uniform, request.cap, binding=view.caps_bind)
+        return [length - had + more if length > had else more for length in lengths]
