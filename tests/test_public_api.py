@@ -60,3 +60,10 @@ def test_version_matches_the_installed_package() -> None:
     except PackageNotFoundError:
         pytest.skip("penstock runs from its source folder; it is not installed")
     assert installed == penstock.__version__
+
+
+def test_the_command_line_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == penstock.__version__

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+GIVEN_UP = ("past-future, late given up", "vllm, late given up")
+
+
 @dataclass(frozen=True)
 class Panel:
-    """Goodput by series and clients (mean over seeds), of one model on one load."""
+    """Goodput by series and clients, of one model on one load; mean over the seeds there are."""
 
     machine: str
     load: str
     clients: tuple[int, ...]
     curves: Mapping[str, tuple[float, ...]]
+    seeds: Mapping[str, int]
 
     def ratios(
         self, ours: str = "past-future", others: Sequence[str] = ("tgi", "vllm")
@@ -35,21 +39,24 @@ class Panel:
 
 
 def panels(rows: Mapping[str, dict[str, Any]], seeds: Sequence[int]) -> list[Panel]:
-    """Sum cells up; curves with missing cells are left out."""
+    """Sum cells up; seeds that lack cells of a curve do not count for it."""
     made = []
     for gpu in MACHINES:
         for load in LOADS:
-            curves = {}
+            curves, counted = {}, {}
             for series in SERIES:
-                keys = [
-                    [Cell(gpu.name, load.name, clients, series.name, seed).key for seed in seeds]
-                    for clients in gpu.clients
-                ]
-                if all(key in rows for group in keys for key in group):
-                    curves[series.name] = tuple(
-                        statistics.fmean(rows[key]["goodput"] for key in group) for group in keys
-                    )
-            made.append(Panel(gpu.name, load.name, gpu.clients, curves))
+                whole = []
+                for seed in seeds:
+                    keys = [
+                        Cell(gpu.name, load.name, clients, series.name, seed).key
+                        for clients in gpu.clients
+                    ]
+                    if all(key in rows for key in keys):
+                        whole.append([rows[key]["goodput"] for key in keys])
+                if whole:
+                    curves[series.name] = tuple(map(statistics.fmean, zip(*whole, strict=True)))
+                    counted[series.name] = len(whole)
+            made.append(Panel(gpu.name, load.name, gpu.clients, curves, counted))
     return made
 
 
@@ -68,7 +75,7 @@ def figure(made: Sequence[Panel]) -> Figure:
 
 
 def _draw(panel: Panel, axes: Axes) -> None:
-    for name in (*MAIN, "past-future, cold", "vllm, late given up"):
+    for name in (*MAIN, *GIVEN_UP):
         if name not in panel.curves:
             continue
         color = COLORS[series_of(name).preset]
@@ -91,9 +98,11 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
         "Prompt and output tokens per second of good requests; method and terms are in",
         "`benchmarks/past_future_goodput/run.py`. The ratio is `past-future` to the better of",
         "`tgi` and `vllm` with the same number of clients; `cold` is the largest of",
-        "`past-future, cold`,",
-        "`late given up` the largest of `past-future, late given up` to the better of `tgi` and",
-        "`vllm, late given up`; `oracle` is `past-future` to it at most clients.",
+        "`past-future, cold`. `as the artifact` is the largest of `past-future, late given up` to",
+        "the same two, since the paper's servers give up late requests except under the aggressive",
+        "scheduler; `late given up` is against `tgi` and `vllm, late given up`. `oracle` is",
+        "`past-future` to it at most clients, `late, oracle` that of `past-future, late given up`.",
+        "Where curves are of fewer seeds than others, their number is given.",
         "",
         f"Largest ratio: **{max(best.ratios()):.2f}** ({best.machine}, {best.load}).",
         "",
@@ -101,26 +110,30 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
         "",
         "![goodput](goodput.png)",
         "",
-        "| model | load | ratio, at clients | at most clients | cold | late given up | oracle |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | load | ratio, at clients | at most clients | cold | as the artifact | "
+        "late given up | oracle | late, oracle |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for panel in made:
         ratios = panel.ratios()
         cold = _largest(panel, "past-future, cold", "tgi", "vllm")
-        given_up = _largest(panel, "past-future, late given up", "tgi", "vllm, late given up")
+        artifact = _largest(panel, GIVEN_UP[0], "tgi", "vllm")
+        given_up = _largest(panel, GIVEN_UP[0], "tgi", GIVEN_UP[1])
         top = max(ratios)
         at = panel.clients[ratios.index(top)]
-        share = panel.ratios(others=("oracle",))[-1]
+        share = _last(panel, "past-future")
         lines.append(
             f"| {panel.machine} | {panel.load} | {top:.2f}, {at} | {ratios[-1]:.2f} | "
-            f"{cold} | {given_up} | {share:.2f} |"
+            f"{cold} | {artifact} | {given_up} | {share} | {_last(panel, GIVEN_UP[0])} |"
         )
     for panel in made:
         lines += ["", f"## {panel.machine}, {panel.load}", ""]
         lines += ["| clients | " + " | ".join(map(str, panel.clients)) + " |"]
         lines += ["| --- |" + " --- |" * len(panel.clients)]
         for name, values in panel.curves.items():
-            lines.append(f"| {name} | " + " | ".join(f"{value:,.0f}" for value in values) + " |")
+            few = panel.seeds[name] < max(panel.seeds.values())
+            label = f"{name} (seeds: {panel.seeds[name]})" if few else name
+            lines.append(f"| {label} | " + " | ".join(f"{value:,.0f}" for value in values) + " |")
         lines.append("| ratio | " + " | ".join(f"{ratio:.2f}" for ratio in panel.ratios()) + " |")
     return "\n".join(lines) + "\n"
 
@@ -128,3 +141,8 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
 def _largest(panel: Panel, ours: str, *others: str) -> str:
     known = {ours, *others} <= panel.curves.keys()
     return f"{max(panel.ratios(ours, others)):.2f}" if known else "-"
+
+
+def _last(panel: Panel, ours: str) -> str:
+    """Ours to the oracle, at most clients."""
+    return f"{panel.ratios(ours, ('oracle',))[-1]:.2f}" if ours in panel.curves else "-"

@@ -17,7 +17,7 @@ from penstock.bench.client import Api, Target
 from penstock.bench.drive import HookError, LengthMode, Rules
 from penstock.bench.measure import Load, Measurement, run
 from penstock.bench.prompts import Prompts
-from penstock.bench.result import Result, table
+from penstock.bench.result import Result, command_line, table
 from penstock.bench.workload import (
     Lengths,
     Workload,
@@ -325,7 +325,7 @@ def _settings(
     rules: Rules,
 ) -> dict[str, object]:
     values = {**vars(endpoint), **vars(workload), **vars(load), "slo": slo, "cap": rules.cap}
-    values["command"] = " ".join(sys.argv)
+    values["command"] = command_line()
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -99,6 +101,11 @@ class Result:
         for name in BOUNDS:
             columns[f"{name}_s"] = [getattr(a.latency, name) for a in rows]
         return columns
+
+
+def command_line() -> str:
+    """How this process was called, to be typed again elsewhere."""
+    return shlex.join(["penstock", *sys.argv[1:]])
 
 
 def machine() -> dict[str, object]:

@@ -12,7 +12,7 @@ import msgspec
 from cyclopts import Parameter
 
 from penstock import __version__
-from penstock.bench.result import machine, share
+from penstock.bench.result import command_line, machine, share
 from penstock.sim.capacity import BOUNDS, UNITS, Capacity, Search, Searched, capacities
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid
@@ -139,7 +139,7 @@ def to_dict(found: Sequence[Capacity], search: Search) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "penstock": __version__,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "machine": machine(),
         "search": msgspec.to_builtins(search),
         "unit": UNITS[search.find],

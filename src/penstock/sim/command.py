@@ -13,7 +13,7 @@ import msgspec
 from cyclopts import Parameter
 
 from penstock import __version__
-from penstock.bench.result import machine, seconds, share
+from penstock.bench.result import command_line, machine, seconds, share
 from penstock.bench.workload import Workload
 from penstock.core.policies.fleets import FLEETS
 from penstock.core.policies.presets import PRESETS
@@ -279,7 +279,7 @@ def _report(done: Sequence[Simulation], workload: Workload, json: str | None) ->
         data = {
             "schema": SCHEMA,
             "penstock": __version__,
-            "command": " ".join(sys.argv),
+            "command": command_line(),
             "source": workload.source,
             "settings": {k: v for k, v in msgspec.to_builtins(done[0].spec).items() if v},
             "notes": list(done[0].summary.notes),
@@ -305,7 +305,7 @@ def _trace(done: Sequence[Simulation], path: Path) -> None:
         for one in done
         for number, (run, observation) in enumerate(zip(one.runs, one.observations, strict=True), 1)
     ]
-    about = {"command": " ".join(sys.argv), "source": done[0].workload.source}
+    about = {"command": command_line(), "source": done[0].workload.source}
     trace_writer.write(path, runs, about)
 
 

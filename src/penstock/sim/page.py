@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import jinja2
 
 from penstock import __version__
-from penstock.bench.result import machine
+from penstock.bench.result import command_line, machine
 
 
 class Key(NamedTuple):
@@ -68,7 +67,7 @@ def write(
     source = files("penstock.sim").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(source)
     provenance = {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "penstock": __version__,
         **machine(),
         **{name: value for name, value in settings.items() if value not in (None, (), [], {})},

@@ -15,7 +15,7 @@ import msgspec
 from cyclopts import Parameter
 
 from penstock import __version__
-from penstock.bench.result import machine, seconds, share
+from penstock.bench.result import command_line, machine, seconds, share
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid, parse_axes
 from penstock.sim.interval import Interval
@@ -125,7 +125,7 @@ def to_dict(cells: Sequence[Cell]) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "penstock": __version__,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "machine": machine(),
         "failed": sum(cell.error is not None for cell in cells),
         "cells": [

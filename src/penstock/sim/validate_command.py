@@ -12,7 +12,7 @@ import msgspec
 from cyclopts import Parameter
 
 from penstock import __version__
-from penstock.bench.result import machine
+from penstock.bench.result import command_line, machine
 from penstock.sim import profiles
 from penstock.sim.layer_counts import depths, layers_of
 from penstock.sim.layer_table import read_layer_table
@@ -176,7 +176,7 @@ def _report(
         data = {
             "schema": SCHEMA,
             "penstock": __version__,
-            "command": " ".join(sys.argv),
+            "command": command_line(),
             "run": str(run),
             "profile": profile,
             "layers": layers,
