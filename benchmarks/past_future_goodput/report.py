@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+COLUMNS = (
+    "model", "load", "ratio, at clients", "at most clients", "cold", "as the artifact",
+    "late given up", "oracle", "late, oracle",
+)  # fmt: skip
 GIVEN_UP = ("past-future, late given up", "vllm, late given up")
 
 
@@ -110,9 +114,8 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
         "",
         "![goodput](goodput.png)",
         "",
-        "| model | load | ratio, at clients | at most clients | cold | as the artifact | "
-        "late given up | oracle | late, oracle |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " --- |" * (len(COLUMNS) - 1),
     ]
     for panel in made:
         ratios = panel.ratios()
