@@ -15,7 +15,14 @@ from penstock.core.types import Capabilities
 from penstock.sim.run import Job, Run, run
 from penstock.sim.simulation import simulate
 from penstock.sim.sources import ClosedLoop
-from penstock.sim.study import PromptWatermark, behaviour, count_bounces, study_policy
+from penstock.sim.study import (
+    Overbooked,
+    PromptWatermark,
+    behaviour,
+    count_bounces,
+    study_policy,
+    with_jobs,
+)
 
 MACHINE = Capabilities(
     kv_blocks=20, block_size=1, max_batch=9, max_step_tokens=50, max_request_tokens=20
@@ -139,8 +146,33 @@ def test_who_was_evicted_is_let_in_by_its_prompt_and_evicted_at_once() -> None:
     assert counted.evictions == done.evictions + policy.admit.bounced["c"]
 
 
+def test_all_whom_an_overbooked_reservation_lets_in_are_evicted_at_once() -> None:
+    """While a runs, b and c fit the reservation of 30 tokens, not the memory of 20; d neither."""
+    jobs = [Job("a", 0, 15, 4, 4), Job("b", 0, 6, 3, 3), Job("c", 0, 1, 1, 1), Job("d", 0, 1, 1, 1)]
+    policy = with_jobs(study_policy("tgi", seed=0, over_commit=1.5), jobs)
+    source = ClosedLoop(jobs, len(jobs))
+    done = run(source, MACHINE, policy, DecodeSteps(), enforce_caps=False)
+    assert isinstance(policy.admit, Overbooked)
+    assert len(done.records) == len(jobs)
+    passes = policy.admit.bounced["b"]
+    assert passes >= 2
+    assert policy.admit.bounced == {"b": passes, "c": passes}
+    assert count_bounces(done, policy).evictions == done.evictions + 2 * passes
+
+
+def test_one_that_is_tried_again_is_known_to_the_overbooked() -> None:
+    jobs = [Job(str(i), 0, 6, 3, 3) for i in range(6)]
+    policy = with_jobs(study_policy("tgi", seed=0, over_commit=2.0), jobs)
+    source = ClosedLoop(jobs, len(jobs), retries=1, met=lambda record: record.job.attempt > 0)
+    done = run(source, MACHINE, policy, DecodeSteps(), enforce_caps=False)
+    assert len(done.records) == 2 * len(jobs)
+    assert isinstance(policy.admit, Overbooked)
+    assert any("~" in name for name in policy.admit.bounced)
+
+
 def test_other_presets_are_as_they_are() -> None:
     policy = study_policy("tgi", seed=0)
     done = study([Job("a", 0, 10, 4, 9)], "tgi")
     assert isinstance(policy.admit, Conservative)
     assert count_bounces(done, policy) is done
+    assert with_jobs(policy, []) is policy

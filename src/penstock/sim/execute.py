@@ -21,7 +21,7 @@ from penstock.sim.spec import (
     policy_of,
     workload_of,
 )
-from penstock.sim.study import count_bounces
+from penstock.sim.study import count_bounces, with_jobs
 
 
 def one_run(spec: RunSpec) -> RunResult:
@@ -83,8 +83,9 @@ def simulate_spec(
     jobs = jobs_of(spec, workload)
     runs = []
     for first in range(min(spec.instances, len(jobs))):
-        chosen = policy or policy_of(spec)
-        source = _source(spec, jobs[first :: spec.instances])
+        mine = jobs[first :: spec.instances]
+        chosen = with_jobs(policy or policy_of(spec), mine)
+        source = _source(spec, mine)
         done = run(
             source, machine, chosen, latency, enforce_caps=not spec.steps_only, watch=watch,
             bus=spec.bus,

@@ -16,6 +16,7 @@ Limits: the last batch, after nobody waits, says nothing about admission and is 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from penstock.core.policies.admit.conservative import Conservative
 from penstock.core.policies.base import ADMIT, Admit, Answer, Defer, Judge, Policy
 from penstock.core.snapshot import Candidate, Ints, Snapshot
 from penstock.core.types import Ended, RequestId
-from penstock.sim.run import Run
+from penstock.sim.run import Job, Run
 
 COLD_START = 512
 """Output length that the artifact's simulator assumes before anything has ended."""
@@ -110,15 +111,20 @@ class Overbooked:
     Problem, source and limits: as for :class:`PromptWatermark`.
 
     Rule: whom the reservation admits is started even if there is no room for it and one token
-    more; then it is evicted at once, which counts as an eviction, once per pass.
+    more; then it is evicted at once, which counts as an eviction, once per pass.  So are all those
+    behind it whom the reservation admits in the same pass.
 
     Attributes:
         reserve: the rule that admits.
+        jobs: by request, all that may ever wait; one that is tried again is the same.
         bounced: by request, how often it was evicted at once.
     """
 
     reserve: Conservative
+    jobs: Mapping[RequestId, Job] = field(default_factory=dict)
     bounced: Counter[RequestId] = field(default_factory=Counter)
+    _line: list[RequestId] = field(default_factory=list)
+    _ended: set[RequestId] = field(default_factory=set)
 
     holds = 1  # it bounces again in the next pass
 
@@ -126,6 +132,7 @@ class Overbooked:
         """Open a pass."""
         reserve = self.reserve.judge(view)
         used = view.used
+        started: list[RequestId] = []
 
         def answer(candidate: Candidate) -> Answer:
             nonlocal used
@@ -135,16 +142,32 @@ class Overbooked:
             used += candidate.tokens
             if used + 1 > view.capacity:
                 self.bounced[candidate.request.id] += 1
+                self._bounce_behind(candidate, reserve, {*view.columns.ids, *started})
                 return Defer(f"KV memory: {used + 1} tokens do not fit {view.capacity}")
+            started.append(candidate.request.id)
             return said
 
         return answer
 
+    def _bounce_behind(self, first: Candidate, reserve: Judge, holding: set[RequestId]) -> None:
+        """Count those behind this one whom the reservation lets in too, with no room for them."""
+        for name in self._line[first.seq + 1 :]:
+            if name in holding or name in self._ended:
+                continue
+            job = self.jobs[name.partition("~")[0]]
+            request = replace(first.request, id=name, prompt_tokens=job.prompt, cap=job.cap)
+            if not isinstance(reserve(first._replace(request=request)), Admit):
+                return
+            self.bounced[name] += 1
+
     def observe(self, ended: Ended) -> None:
-        """Nothing to learn."""
+        """One that waits no more."""
+        self._ended.add(ended.id)
 
     def learn_true_length(self, request_id: str, length: int) -> None:
-        """Not for this policy."""
+        """One that waits from now on; its length is not for this policy."""
+        del length
+        self._line.append(request_id)
 
 
 def study_policy(preset: str, *, seed: int, period: int | None = None, **parameters: Any) -> Policy:
@@ -161,6 +184,13 @@ def study_policy(preset: str, *, seed: int, period: int | None = None, **paramet
         return replace(policy, admit=PromptWatermark(policy.admit.watermark))
     if isinstance(policy.admit, Conservative) and policy.admit.over_commit > 1:
         return replace(policy, admit=Overbooked(policy.admit))
+    return policy
+
+
+def with_jobs(policy: Policy, jobs: Sequence[Job]) -> Policy:
+    """The policy, told who is going to wait, where the study's counts need it."""
+    if isinstance(policy.admit, Overbooked):
+        return replace(policy, admit=replace(policy.admit, jobs={job.id: job for job in jobs}))
     return policy
 
 
