@@ -6,7 +6,9 @@ from itertools import product
 
 import pytest
 
-from penstock.core.lifecycle import MOVES, IllegalMoveError, State, check_move
+from penstock.core.entry import Entry
+from penstock.core.lifecycle import MOVES, IllegalMoveError, State
+from penstock.core.types import Request
 
 LEGAL = {
     "waiting prefill",
@@ -26,11 +28,14 @@ LEGAL = {
 
 @pytest.mark.parametrize(("old", "new"), list(product(State, State)))
 def test_moves(old: State, new: State) -> None:
+    entry = Entry(Request("a", 5, 9, 0.0), 0, (), 0.0, state=old)
     if f"{old} {new}" in LEGAL:
-        check_move("a", old, new)
+        entry.move(new)
+        assert entry.state is new
     else:
         with pytest.raises(IllegalMoveError, match=f"request a: illegal move {old} -> {new}"):
-            check_move("a", old, new)
+            entry.move(new)
+        assert entry.state is old
 
 
 def test_every_state_can_come_to_its_end() -> None:

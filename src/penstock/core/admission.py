@@ -35,21 +35,30 @@ class Draft:
 
     def chunk(self, entry: Entry) -> None:
         """Give a request in prefill as much of the step as there is."""
-        tokens = min(entry.total - entry.computed, self.prefill_left)
+        left = entry.total - entry.computed
+        tokens = min(left, self.prefill_left)
         if tokens <= 0:
             return
         self.chunks.append((entry, entry.computed, tokens))
         self.prefill_left -= tokens
         entry.computed += tokens
-        if entry.computed == entry.total:
+        if tokens == left:
             self.sampling.append(entry)
 
 
 @dataclass(slots=True)
 class _Turn:
-    """A pass: how many may still start, the judge once there is one, and whom it rejected."""
+    """A pass.
+
+    Attributes:
+        left: how many may still start.
+        places: that the engine's batch has left for them.
+        judge: once there is one.
+        rejected: by it.
+    """
 
     left: int
+    places: int
     judge: Judge | None = None
     rejected: list[Ended] = field(default_factory=list)
 
@@ -73,7 +82,7 @@ class Admission:
         head = books.queue.peek()
         if not self._opens(draft, head):
             return []
-        turn = _Turn(self._policy.per_pass or len(books.queue))
+        turn = self._turn(len(books.queue))
         while head is not None and draft.prefill_left > 0 and self._ask(draft, turn, head):
             head = books.queue.peek()
         return turn.rejected
@@ -83,7 +92,7 @@ class Admission:
         waiting = len(self._books.queue)
         first = next((entry for entry in order if entry.state is not State.PREFILL), None)
         asking = self._opens(draft, first)
-        turn = _Turn(self._policy.per_pass or waiting)
+        turn = self._turn(waiting)
         for entry in order:
             if draft.prefill_left <= 0:
                 break
@@ -92,6 +101,10 @@ class Admission:
             elif asking:
                 asking = self._ask(draft, turn, entry)
         return turn.rejected
+
+    def _turn(self, waiting: int) -> _Turn:
+        books = self._books
+        return _Turn(self._policy.per_pass or waiting, books.capabilities.max_batch - books.slots)
 
     def _opens(self, draft: Draft, head: Entry | None) -> bool:
         """Whether there is to be a pass; ``head`` is the first that waits."""
@@ -107,7 +120,7 @@ class Admission:
     def _ask(self, draft: Draft, turn: _Turn, head: Entry) -> bool:
         """Ask for one that waits; whether the pass goes on."""
         books = self._books
-        if books.slots >= books.capabilities.max_batch:
+        if turn.places <= 0:
             places = books.capabilities.max_batch
             head.why = f"the batch is full: {books.slots} of {places} places taken"
             self._block(head, None)
@@ -115,7 +128,7 @@ class Admission:
         # One evicted from a plan in flight must have that plan's token first.
         if head.last_plan > books.confirmed.number:
             return False
-        cached, held = self._hits(head)
+        cached, held = self._hits(head) if head.request.prefix else (0, 0)
         candidate = self._candidate(draft, head, cached, held)
         turn.judge = turn.judge or self._policy.admit.judge(books.view(draft.now))
         answer = turn.judge(candidate)
@@ -131,6 +144,7 @@ class Admission:
             return False
         self._start(draft, head, cached)
         turn.left -= 1
+        turn.places -= 1
         # This pass's judge does not count on whom it deferred.
         return turn.left > 0 and not isinstance(answer, Defer)
 
@@ -174,8 +188,6 @@ class Admission:
 
     def _hits(self, entry: Entry) -> tuple[int, int]:
         """Cached blocks it can begin with, and how many of them someone holds."""
-        if not entry.request.prefix:
-            return 0, 0
         # At least one token must be computed, or there is nothing to sample from.
         limit = (entry.total - 1) // self._books.ledger.block_size
         return self._books.ledger.hits(entry.request.prefix, limit)

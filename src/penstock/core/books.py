@@ -94,7 +94,8 @@ class Books:
         entry.move(State.PREFILL)
         entry.published = len(keys)
         entry.computed = max(len(keys) * self.ledger.block_size, entry.imported)
-        self._forget_swapped(entry)
+        if entry.swapped:
+            self._forget_swapped(entry)
         entry.last_plan = self.number + 1
         entry.why = ""
         self.prefill[entry.request.id] = entry

@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from penstock.core.lifecycle import State, check_move
+from penstock.core.lifecycle import MOVES, IllegalMoveError, State
 from penstock.core.memory import Holding, blocks_for
 from penstock.core.policies.base import OrderKey
 from penstock.core.snapshot import Ints
@@ -72,7 +72,8 @@ class Entry:
 
     def move(self, state: State) -> None:
         """Change state; raises on an illegal move."""
-        check_move(self.request.id, self.state, state)
+        if state not in MOVES[self.state]:
+            raise IllegalMoveError(self.request.id, self.state, state)
         self.state = state
 
 

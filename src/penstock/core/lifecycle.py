@@ -33,9 +33,5 @@ MOVES = MappingProxyType(
 class IllegalMoveError(RuntimeError):
     """The scheduler tried a move that :data:`MOVES` does not know."""
 
-
-def check_move(request_id: str, old: State, new: State) -> None:
-    """Raise :class:`IllegalMoveError` unless ``old -> new`` is legal."""
-    if new not in MOVES[old]:
-        msg = f"request {request_id}: illegal move {old} -> {new}"
-        raise IllegalMoveError(msg)
+    def __init__(self, request_id: str, old: State, new: State) -> None:
+        super().__init__(f"request {request_id}: illegal move {old} -> {new}")

@@ -369,6 +369,8 @@ class Scheduler:
         books, request = self._books, entry.request
         entry.last_plan = books.number
         end = start + tokens
+        if not request.prefix:
+            return Chunk(request.id, start, tokens, end == entry.total)
         full = min(end // books.ledger.block_size, len(request.prefix))
         publish: list[tuple[int, PrefixKey]] = []
         for index in range(entry.published, full):

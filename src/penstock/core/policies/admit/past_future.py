@@ -71,23 +71,48 @@ class PastFuture:
         fixed = view.shared + view.lingering
         # What all would hold with their caps in full.
         most = view.reserved + fixed if view.caps_bind else math.inf
-        pass_ = _Pass(self, view)
+        scenarios = scenario_count(view.running)
+        admitted: list[Candidate] = []
+        future: Occupancy | None = None
+
+        def steps_of(candidate: Candidate) -> list[int]:
+            """After the current one, per scenario; unconditional, also after an eviction."""
+            uniform = self.rng.random(scenarios).tolist()
+            cap, had = candidate.request.cap, candidate.generated + 1
+            more = candidate.lag + view.overlap
+            lengths = self.history.draw_new(uniform, cap, binding=view.caps_bind)
+            return [length - had + more if length > had else more for length in lengths]
 
         def answer(candidate: Candidate) -> Answer:
-            nonlocal most
+            nonlocal future, most
             most += candidate.most_blocks
             if most < limit:
-                pass_.admitted.append(candidate)
+                admitted.append(candidate)
                 return ADMIT
-            worst = fixed + pass_.worst_with(candidate, limit - fixed)
-            if worst >= limit:
-                return Defer(
-                    f"KV memory: the forecast peak, {worst} blocks or more, is not below "
-                    f"{limit:.0f} ({1 - self.reserve:.0%} of {view.capacity})"
-                )
-            return ADMIT
+            if future is None:
+                future = self._occupancy(view, scenarios)
+                for earlier in admitted:
+                    future.join_below(earlier.tokens, steps_of(earlier), math.inf)
+            worst = future.join_below(candidate.tokens, steps_of(candidate), limit - fixed)
+            if worst < limit - fixed:
+                return ADMIT
+            return Defer(
+                f"KV memory: the forecast peak, {fixed + worst} blocks or more, is not below "
+                f"{limit:.0f} ({1 - self.reserve:.0%} of {view.capacity})"
+            )
 
         return answer
+
+    def _occupancy(self, view: Snapshot, scenarios: int) -> Occupancy:
+        """The joint scenarios of one pass."""
+        columns = view.columns
+        uniform = self.rng.random((scenarios, len(columns)))
+        generated = columns.generated
+        lengths = self.history.draw_running(uniform, generated, columns.cap, binding=view.caps_bind)
+        steps = np.maximum(0, lengths - (generated + 1))
+        if view.running != view.decoding or view.overlap:
+            steps += columns.lag + view.overlap
+        return Occupancy(columns.tokens, steps, view.block_size)
 
     def observe(self, ended: Ended) -> None:
         """Learn the length of a request that came to its own end."""
@@ -96,50 +121,3 @@ class PastFuture:
 
     def learn_true_length(self, request_id: str, length: int) -> None:
         """Not for this policy."""
-
-
-class _Pass:
-    """The joint scenarios of one pass.
-
-    Attributes:
-        admitted: candidates that joined before there was a reason to draw anything.
-    """
-
-    def __init__(self, policy: PastFuture, view: Snapshot) -> None:
-        self._policy = policy
-        self._view = view
-        self._scenarios = scenario_count(view.running)
-        self._future: Occupancy | None = None
-        self.admitted: list[Candidate] = []
-
-    def worst_with(self, candidate: Candidate, limit: float) -> int:
-        """See :meth:`Occupancy.join_below`."""
-        future = self._future
-        if future is None:
-            future = self._future = self._occupancy()
-            for earlier in self.admitted:
-                future.join_below(earlier.tokens, self._steps(earlier), math.inf)
-        return future.join_below(candidate.tokens, self._steps(candidate), limit)
-
-    def _occupancy(self) -> Occupancy:
-        policy, view = self._policy, self._view
-        columns = view.columns
-        uniform = policy.rng.random((self._scenarios, len(columns)))
-        generated = columns.generated
-        lengths = policy.history.draw_running(
-            uniform, generated, columns.cap, binding=view.caps_bind
-        )
-        steps = np.maximum(0, lengths - (generated + 1))
-        if view.running != view.decoding or view.overlap:
-            steps += columns.lag + view.overlap
-        return Occupancy(columns.tokens, steps, view.block_size)
-
-    def _steps(self, candidate: Candidate) -> list[int]:
-        """Steps after the current one, per scenario; unconditional, also after an eviction."""
-        policy, view = self._policy, self._view
-        # The same numbers as one by one.
-        uniform = policy.rng.random(self._scenarios).tolist()
-        request, had = candidate.request, candidate.generated + 1
-        more = candidate.lag + view.overlap
-        lengths = policy.history.draw_new(uniform, request.cap, binding=view.caps_bind)
-        return [length - had + more if length > had else more for length in lengths]
