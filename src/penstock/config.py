@@ -8,6 +8,7 @@ win, and every message about a value says which source it came from.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic.fields import FieldInfo
 from penstock.settings import Config, Section
 
 ENV_PREFIX = "PENSTOCK_"
+_OF_A_SERVICE = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 BOUNDS = ("ttft", "tpot", "gap", "e2e")
 SLO_FORM = "name=ttft:0.5,tpot:0.03,gap:0.2,e2e:10,on_miss:keep|demote|expire"
 
@@ -97,17 +99,35 @@ def _merge_environ(environ: Mapping[str, str], tree: Tree, sources: Sources) -> 
     for key in sorted(environ):
         if not key.startswith(ENV_PREFIX):
             continue
+        if _is_of_kubernetes(key.removeprefix(ENV_PREFIX), environ[key]):
+            continue
         if key not in known:
             msg = f"{key} is not a setting of penstock; 'penstock config --help' lists them"
             raise ConfigError(msg)
         section, name = known[key]
         value: object = environ[key]
         if name == "api_keys":
-            value = [part for part in environ[key].split(",") if part]
+            value = [part.strip() for part in environ[key].split(",") if part.strip()]
         elif name == "parameters":
-            value = dict(part.split("=", 1) for part in environ[key].split(",") if "=" in part)
+            value = _parse_parameters(key, environ[key])
         tree.setdefault(section, {})[name] = value
         sources[section, name] = key
+
+
+def _is_of_kubernetes(name: str, value: str) -> bool:
+    """Whether it tells of a Service named "penstock", as every container is told."""
+    return bool(_OF_A_SERVICE.fullmatch(name)) or (name == "PORT" and "://" in value)
+
+
+def _parse_parameters(key: str, text: str) -> dict[str, str]:
+    values = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            msg = f"{key} is {text!r}: {part!r} cannot be read; it must look like reserve=0.05"
+            raise ConfigError(msg)
+        values[name.strip()] = value.strip()
+    return values
 
 
 def _parse_slo_class(text: str) -> tuple[str, dict[str, object]]:
@@ -129,7 +149,8 @@ def _describe(error: ValidationError, sources: Sources) -> str:
         source = sources.get((section, name), f"[{section}] {name}")
         rest = ".".join(str(part) for part in item["loc"][2:])
         where = f"{source} ({rest})" if rest else source
-        lines.append(f"{where}: {item['input']!r} is refused: {_rule(item['msg'])}")
+        value = "a value" if name == "api_keys" else repr(item["input"])
+        lines.append(f"{where}: {value} is refused: {_rule(item['msg'])}")
     return "\n".join(lines)
 
 
@@ -147,10 +168,12 @@ def to_toml(config: Config) -> str:
             lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
             previous = section
         value = getattr(getattr(config, section), name)
-        if name == "api_keys":
-            value = ["(hidden)"] * len(value)
         lines.append(f"# {info.description}")
-        lines.append(f"# {name} =" if value is None else f"{name} = {_toml_value(value)}")
+        if name == "api_keys" and value:
+            # Not a value: read back, it would be a key that everyone knows.
+            lines.append(f"# {name} = {len(value)} of them, hidden; to be set here or elsewhere")
+        else:
+            lines.append(f"# {name} =" if value is None else f"{name} = {_toml_value(value)}")
     for name, slo_class in config.slo.items():
         lines += ["", f"[slo.{_toml_key(name)}]"]
         for key, value in slo_class.model_dump(mode="json", exclude_none=True).items():

@@ -7,9 +7,9 @@ documentation and their command-line help.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from penstock.core.types import SLO, OnMiss, Role
 
@@ -166,12 +166,20 @@ class ClusterConfig(Section):
         return f"--instances {self.instances}"
 
 
+def _key(key: str) -> str:
+    # What a header can carry; and an empty one would let everyone in.
+    if not key or not all("!" <= character <= "~" for character in key):
+        msg = "a key must be one or more visible ASCII characters, without spaces"
+        raise ValueError(msg)
+    return key
+
+
 class HttpConfig(Section):
     """The HTTP edge."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    api_keys: tuple[str, ...] = Field(
+    api_keys: tuple[Annotated[str, AfterValidator(_key)], ...] = Field(
         (), description="Accepted bearer tokens for /v1; none means open to everyone."
     )
     max_body_bytes: int = Field(

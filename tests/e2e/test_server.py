@@ -99,6 +99,35 @@ def test_plain_logprobs_whole_and_streamed(client: openai.OpenAI) -> None:
     assert (tokens, offsets) == (whole.logprobs.tokens, whole.logprobs.text_offset)
 
 
+@pytest.mark.parametrize("stop", ["ake ", " "])
+def test_log_probabilities_of_a_text_that_is_cut_are_streamed_too(
+    client: openai.OpenAI, stop: str
+) -> None:
+    options = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**options, logprobs=1, stop=stop).choices[0]
+    stream = client.completions.create(**options, logprobs=1, stop=stop, stream=True)
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert whole.logprobs is not None
+    tokens = [token for c in chunks if c.logprobs for token in c.logprobs.tokens or ()]
+    assert tokens == whole.logprobs.tokens
+
+
+def test_offsets_count_the_characters_that_are_told(client: openai.OpenAI) -> None:
+    """Tokens that are parts of characters, or no text at all, move nothing by themselves."""
+    answer = client.completions.create(
+        model="demo", prompt="世界", max_tokens=40, temperature=2, seed=3, logprobs=20
+    ).choices[0]
+    assert answer.logprobs is not None
+    offsets, tops = answer.logprobs.text_offset, answer.logprobs.top_logprobs
+    assert offsets is not None
+    assert tops is not None
+    assert offsets == sorted(offsets)
+    assert offsets[-1] <= len(answer.text)
+    for top in tops:
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+
+
 def test_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
     def texts(seed: int) -> list[str]:
         answer = client.completions.create(

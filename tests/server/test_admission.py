@@ -62,10 +62,23 @@ def test_queue_is_bounded_in_tokens_too(narrow: Server, pool: ThreadPoolExecutor
 
 
 def test_choices_are_admitted_together_or_not_at_all(narrow: Server) -> None:
-    refused = narrow.post(COMPLETIONS, long_completion(4, prompt=["x"] * 8))
-    assert refused.status_code == 429
-    assert narrow.stats()["open"] == 0
+    with blocked(narrow):
+        refused = narrow.post(COMPLETIONS, long_completion(4, prompt=["x"] * 3))
+        assert refused.status_code == 429
+        assert narrow.stats()["open"] == 1
     assert narrow.post(COMPLETIONS, long_completion(4, prompt=["x"] * 3)).status_code == 200
+
+
+def test_choices_that_can_never_be_taken_together_are_no_matter_of_time(narrow: Server) -> None:
+    for fault, body in (
+        ("prompt", long_completion(4, prompt=["x"] * 4)),
+        ("n", long_completion(4, n=4)),
+    ):
+        answer = narrow.post(COMPLETIONS, body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == fault
+        assert "max_waiting is too small" in answer.json()["error"]["message"]
+    assert narrow.stats()["open"] == 0
 
 
 def test_an_unreachable_slo_is_refused_at_once(pool: ThreadPoolExecutor) -> None:

@@ -74,10 +74,46 @@ def test_what_is_printed_can_be_served(
     assert said.count("--") == 0
 
 
-def test_keys_are_not_printed() -> None:
+def test_keys_are_not_printed(tmp_path: Path) -> None:
     config = load(environ={"PENSTOCK_API_KEYS": "secret,other"})
     assert config.http.api_keys == ("secret", "other")
-    assert "secret" not in to_toml(config)
+    printed = to_toml(config)
+    assert "secret" not in printed
+    assert "# api_keys = 2 of them, hidden" in printed
+    file = tmp_path / "config.toml"
+    file.write_text(printed)
+    assert load(file).http.api_keys == (), "read back, no one key opens the server to others"
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words", "schlüssel"])
+def test_keys_that_no_header_can_carry_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="visible ASCII") as error:
+        load(flags={"api_keys": ["good", key]})
+    assert "--api-keys" in str(error.value)
+    assert "good" not in str(error.value)
+
+
+def test_keys_and_parameters_of_the_environment() -> None:
+    config = load(environ={"PENSTOCK_API_KEYS": "a, b,", "PENSTOCK_PARAMETERS": "reserve=0.2, "})
+    assert config.http.api_keys == ("a", "b")
+    assert config.scheduler.parameters == {"reserve": 0.2}
+    with pytest.raises(ConfigError, match=r"PENSTOCK_PARAMETERS.*'reserve:0\.2'.*reserve=0\.05"):
+        load(environ={"PENSTOCK_PARAMETERS": "reserve:0.2"})
+
+
+def test_what_kubernetes_says_of_a_service_of_this_name_is_no_setting() -> None:
+    address = "tcp://10.0.0.7:8000"
+    environ = {
+        "PENSTOCK_SERVICE_HOST": "10.0.0.7",
+        "PENSTOCK_SERVICE_PORT": "8000",
+        "PENSTOCK_SERVICE_PORT_HTTP": "8000",
+        "PENSTOCK_PORT": address,
+        "PENSTOCK_PORT_8000_TCP": address,
+        "PENSTOCK_PORT_8000_TCP_PROTO": "tcp",
+        "PENSTOCK_PORT_8000_TCP_PORT": "8000",
+        "PENSTOCK_PORT_8000_TCP_ADDR": "10.0.0.7",
+    }
+    assert load(environ=environ) == Config()
 
 
 def test_slo_classes() -> None:

@@ -11,7 +11,7 @@ from penstock.core.engine import Work
 from penstock.core.gate import Limits
 from penstock.core.types import SLO, FinishReason, OnMiss, Request
 from penstock.models import demo_path
-from penstock.server.choice import Choice, Mailbox, Times
+from penstock.server.choice import Choice, Mailbox, Times, met
 from penstock.server.client import EngineClient
 from penstock.server.errors import unavailable
 from penstock.server.messages import Command, End, Gauges, Ready, Step
@@ -54,12 +54,13 @@ def text() -> TextTokenizer:
     return load_tokenizer(demo_path())
 
 
-def start(text: TextTokenizer, tpot: float | None) -> tuple[EngineClient, Nobody, Choice]:
+def start(text: TextTokenizer, slo: SLO | float | None) -> tuple[EngineClient, Nobody, Choice]:
     nobody = Nobody()
     client = EngineClient(Limits(), nobody, paced=True)
     client.attach(nobody)
     client.on_ready(Ready(10, 16, 8, 64, 100))
-    promise = Promise("default", SLO(tpot=tpot), OnMiss.KEEP)
+    bounds = slo if isinstance(slo, SLO) else SLO(tpot=slo)
+    promise = Promise("default", bounds, OnMiss.KEEP)
     now = time.monotonic()
     choice = Choice("r", 0, 0, 3, promise, Times(now), TextStream(text), Mailbox())
     client.submit(choice, Request("r", 3, 20, now), Work([1, 2, 3]))
@@ -86,10 +87,33 @@ async def test_a_burst_is_released_at_the_promised_pace(text: TextTokenizer) -> 
         if choice.ended:
             break
     assert choice.tokens == 5
-    assert choice.times.last - choice.times.first >= 0.08
+    assert choice.times.last - choice.times.first >= 0.07
     assert all(gap is None or gap > 0.01 for gap in nobody.gaps)
     assert nobody.ended == ["r"]
     assert client.open_requests == 0
+
+
+@pytest.mark.parametrize(
+    "slo",
+    [
+        SLO(tpot=0.02),
+        SLO(tpot=0.05, e2e=0.12),
+        SLO(tpot=0.1, gap=0.03),
+        SLO(tpot=0.003),
+    ],
+)
+async def test_pacing_breaks_no_promise(text: TextTokenizer, slo: SLO) -> None:
+    """All tokens were there at once; what is told is in time by every bound, and paced by one."""
+    client, _, choice = start(text, slo)
+    for one in step(300, 301, 302, 303, 304, end=True):
+        client.on_event(one)
+    for _ in range(1000):
+        await asyncio.sleep(0.001)
+        if choice.ended:
+            break
+    assert choice.tokens == 5
+    assert met(choice), choice.times
+    assert choice.times.last - choice.times.first > 0.004
 
 
 async def test_without_a_promise_nothing_waits(text: TextTokenizer) -> None:

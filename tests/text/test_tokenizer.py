@@ -1,6 +1,9 @@
 """Loading from a folder, and chat templates as transformers renders them."""
 
+import itertools
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -198,3 +201,29 @@ def test_recommended_sampling_that_cannot_be(folder: Path) -> None:
     update_json(folder / "generation_config.json", top_p=1.5)
     with pytest.raises(ValueError, match=r"generation_config.json: top_p is 1.5"):
         load_tokenizer(folder)
+
+
+def test_long_texts_leave_the_interpreter_to_others() -> None:
+    """They become the same ids, and another thread can work meanwhile."""
+    text = load_tokenizer(demo_path())
+    words = "The water comes down from the hills. " * 20_000
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks.append(time.monotonic())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    began = time.monotonic()
+    ids = text.encode(words)
+    took = time.monotonic() - began
+    done.set()
+    ticker.join()
+    during = [at for at in ticks if began < at < began + took]
+    stalls = [b - a for a, b in itertools.pairwise([began, *during, began + took])]
+    assert max(stalls) < took / 2
+    sentence = text.encode("The water comes down from the hills. " * 20)
+    assert ids[: len(sentence) - 5] == sentence[:-5]
+    assert text.decode(ids) == words

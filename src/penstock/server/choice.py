@@ -32,11 +32,15 @@ class Times:
 
 @dataclass(slots=True)
 class LogprobEntry:
-    """A token's log probability and its most likely alternatives."""
+    """A token's log probability and its most likely alternatives.
+
+    ``offset`` is how many characters of the output were there before it.
+    """
 
     token: int
     logprob: float
     top: Sequence[tuple[int, float]]
+    offset: int
 
 
 class Mailbox:
@@ -120,9 +124,10 @@ class Choice:
             self._unsaid.append(token_id)
         if token_id in self.silent:
             return False
+        offset = self.text.length
         text = self.text.push(token_id)
         if detail is not None:
-            self.logprobs.append(LogprobEntry(token_id, *detail))
+            self.logprobs.append(LogprobEntry(token_id, *detail, offset))
         if text:
             self.pending += text
             self._say()

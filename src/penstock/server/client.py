@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -97,25 +97,39 @@ class EngineClient:
     @property
     def load(self) -> Load:
         """The scheduler's queue as far as it is known here, plus what it has not counted yet."""
-        return self._load_with(())
+        return self._load_with((), self.gauges, self._unseen)
 
-    def _load_with(self, coming: Sequence[int]) -> Load:
-        """The load if requests with these prompt lengths had been sent as well."""
-        rate = self.gauges.rate if self.gauges else None
-        waiting = self.gauges.waiting if self.gauges else 0
-        tokens = self.gauges.waiting_tokens if self.gauges else 0
-        unseen = [*self._unseen, *coming]
+    def _load_with(self, coming: Sequence[int], gauges: Gauges | None, sent: Iterable[int]) -> Load:
+        """The load if requests with these prompt lengths had been sent as well.
+
+        Args:
+            gauges: what the engine said last, or None for an idle one.
+            sent: prompt lengths of requests that it had not counted by then.
+        """
+        rate = gauges.rate if gauges else None
+        waiting = gauges.waiting if gauges else 0
+        tokens = gauges.waiting_tokens if gauges else 0
+        unseen = [*sent, *coming]
         if waiting == 0 and self.ready is not None:
             # Nobody waits, so the first of them start at once.
-            running = self.gauges.running if self.gauges else 0
+            running = gauges.running if gauges else 0
             del unseen[: max(0, self.ready.max_batch - running)]
         return Load(waiting + len(unseen), tokens + sum(unseen), rate)
 
     def refuse(self, requests: Sequence[Request]) -> Refusal | None:
         """Whether the requests of one response may enter the queue together."""
+        return self._refuse(requests, self.gauges, self._unseen)
+
+    def never(self, requests: Sequence[Request]) -> Refusal | None:
+        """Whether they are refused even where nobody else is."""
+        return self._refuse(requests, None, ())
+
+    def _refuse(
+        self, requests: Sequence[Request], gauges: Gauges | None, sent: Iterable[int]
+    ) -> Refusal | None:
         coming: list[int] = []
         for request in requests:
-            refusal = gate(self._load_with(coming), request, self._limits)
+            refusal = gate(self._load_with(coming, gauges, sent), request, self._limits)
             if refusal is not None:
                 return refusal
             coming.append(request.prompt_tokens)

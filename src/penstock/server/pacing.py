@@ -5,7 +5,9 @@ late.
 Source: Kairos (arXiv 2605.02329), which takes it that tokens are buffered so that delivery is
 decoupled from generation.
 Rule: the n-th token of a request with a TPOT promise is released no earlier than n - 1 paces after
-its first one; its end not before its last token.  All latencies are those at release.
+its first one, less a little so that a timer that is late breaks no promise, and never so late that
+the promises of a largest gap or of the end are broken; its end not before its last token.  All
+latencies are those at release.
 Limits: a stop string is found when its text is released, so the engine may compute some tokens more
 than are told.
 """
@@ -18,6 +20,9 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from penstock.server.choice import Choice
+
+# Timers come late by some milliseconds where the event loop is busy.
+_EARLY, _LATE = 0.02, 0.005
 
 Release: TypeAlias = Callable[[float], None]
 """Does what was kept back; told the time."""
@@ -81,7 +86,12 @@ class Pacer:
 
 def _due(choice: Choice, *, is_token: bool) -> float:
     """When its next token, or what follows the last one, may be told."""
-    pace = choice.promise.slo.tpot
-    if pace is None or not choice.tokens or not is_token:
+    slo, times = choice.promise.slo, choice.times
+    if slo.tpot is None or not choice.tokens or not is_token:
         return 0.0
-    return choice.times.first + pace * choice.tokens
+    bounds = [times.first + slo.tpot * choice.tokens * (1 - _EARLY)]
+    if slo.gap is not None:
+        bounds.append(times.last + slo.gap)
+    if slo.e2e is not None:
+        bounds.append(times.arrival + slo.e2e)
+    return min(bounds) - min(_LATE, slo.tpot / 2)

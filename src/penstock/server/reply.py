@@ -130,7 +130,8 @@ class Reply:
     def _news(self, closed: set[int]) -> bytes:
         parts = []
         for choice in self.choices:
-            if choice.pending:
+            # Tokens without text that is told have log probabilities too.
+            if choice.pending or (choice.logprobs and choice.finish_reason is not None):
                 text, logprobs = choice.take()
                 parts.append(self._shape.chunk(choice, text, logprobs))
             if choice.finish_reason is not None and choice.index not in closed:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from penstock.core.sampling import SamplingParams
 from penstock.server.errors import ApiError, invalid
@@ -24,6 +25,8 @@ UNSUPPORTED = frozenset(
     " use_beam_search verbosity web_search_options".split()
 )
 _NOTHING: Mapping[str, float] = MappingProxyType({})
+# Digits of a token id: Python refuses to read numbers of some thousands.
+_LONGEST_ID = 20
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -155,8 +158,8 @@ class CommonBody(BaseModel):
     def _bias(self, vocabulary: int) -> dict[int, float]:
         biases = {}
         for key, bias in self.logit_bias.items():
-            if not key.isascii() or not key.isdigit():
-                msg = f"logit_bias has the key {key!r}; keys must be token ids"
+            if not key.isascii() or not key.isdigit() or len(key) > _LONGEST_ID:
+                msg = f"logit_bias has the key {key[:80]!r}; keys must be token ids"
                 raise invalid("logit_bias", msg)
             (token,) = token_ids("logit_bias", [int(key)], vocabulary)
             biases[token] = float(bias)
@@ -178,7 +181,7 @@ class Message(BaseModel):
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: list[TextPart]
 
     @model_validator(mode="before")
     @classmethod
@@ -188,11 +191,19 @@ class Message(BaseModel):
             return {key: value for key, value in data.items() if value is not None}
         return data
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _as_parts(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [TextPart(type="text", text=value)]
+        if not isinstance(value, list):
+            msg = "it must be a string or a list of text parts"
+            raise PydanticCustomError("content_type", msg)
+        return value
+
     @property
     def text(self) -> str:
         """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
         return "".join(part.text for part in self.content)
 
 

@@ -109,14 +109,15 @@ class Service:
         make_shape: type[ChatShape | CompletionShape],
         prefix: str,
     ) -> Reply:
+        field = "n" if body.n > 1 else "prompt"
         if len(prompts) * body.n > MAX_CHOICES:
             msg = f"{len(prompts)} prompts with n={body.n} ask for too many choices; at most"
-            raise invalid("n", f"{msg} {MAX_CHOICES}")
+            raise invalid(field, f"{msg} {MAX_CHOICES}")
         slo = body.slo.model_dump(by_alias=True, exclude_none=True) if body.slo else None
         promise = resolve(headers, slo, self.config.slo)
         response_id = f"{prefix}-{uuid.uuid4().hex}"
         parts = self._parts(body, prompts, promise, response_id, arrival)
-        self._gate([request for request, _ in parts], promise)
+        self._gate([request for request, _ in parts], promise, field)
         mailbox = Mailbox()
         choices = [
             self._submit(body, request, work, index, index // body.n, promise, mailbox)
@@ -188,10 +189,13 @@ class Service:
         )
         raise invalid(param, msg, "context_length_exceeded")
 
-    def _gate(self, requests: Sequence[Request], promise: Promise) -> None:
+    def _gate(self, requests: Sequence[Request], promise: Promise, field: str) -> None:
         refusal = self.client.refuse(requests)
         if refusal is None:
             return
+        if self.client.never(requests) is not None:
+            msg = f"{len(requests)} outputs at a time can never be taken: {refusal.limit} is too"
+            raise invalid(field, f"{msg} small; {field} must ask for fewer")
         self.metrics.on_refusal(promise.slo_class, refusal.limit, len(requests))
         raise too_busy(
             refusal.reason,

@@ -164,15 +164,12 @@ class CompletionShape(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._offsets: dict[int, int] = {}
         self._prompts_shown: set[int] = set()
 
     def chunk(self, choice: Choice, text: str, logprobs: list[LogprobEntry]) -> bytes:
         """See :class:`Shape`."""
         finish = b"null" + self._more(choice)
-        return self._chunk(
-            choice, b',"text":', encode(text), self._logprobs(choice, logprobs), finish
-        )
+        return self._chunk(choice, b',"text":', encode(text), self._logprobs(logprobs), finish)
 
     def last_chunk(self, choice: Choice) -> bytes:
         """See :class:`Shape`."""
@@ -188,7 +185,7 @@ class CompletionShape(_Base):
                 {
                     "index": choice.index,
                     "text": text,
-                    "logprobs": self._logprobs(choice, logprobs),
+                    "logprobs": self._logprobs(logprobs),
                     "finish_reason": choice.finish_reason,
                     **self._ids(choice),
                 }
@@ -209,23 +206,19 @@ class CompletionShape(_Base):
         ids = self._ids(choice)
         return b"," + encode(ids)[1:-1] if ids else b""
 
-    def _logprobs(self, choice: Choice, entries: list[LogprobEntry]) -> dict[str, Any] | None:
+    def _logprobs(self, entries: list[LogprobEntry]) -> dict[str, Any] | None:
         if not entries:
             return None
-        offset = self._offsets.get(choice.index, 0)
-        offsets, tokens = [], []
-        for entry in entries:
-            text = self._token_text(entry.token)
-            offsets.append(offset)
-            tokens.append(text)
-            offset += len(text)
-        self._offsets[choice.index] = offset
         return {
-            "tokens": tokens,
+            "tokens": [self._token_text(entry.token) for entry in entries],
             "token_logprobs": [max(entry.logprob, _LEAST) for entry in entries],
-            "top_logprobs": [
-                {self._token_text(token): max(logprob, _LEAST) for token, logprob in entry.top}
-                for entry in entries
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [self._alternatives(entry) for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
         }
+
+    def _alternatives(self, entry: LogprobEntry) -> dict[str, float]:
+        # Of those with the same text the first, most likely one stays.
+        found: dict[str, float] = {}
+        for token, logprob in entry.top:
+            found.setdefault(self._token_text(token), max(logprob, _LEAST))
+        return found

@@ -114,7 +114,9 @@ class Incarnation:
 
     def send(self, command: Command) -> None:
         """Hand a command over; a dead process ignores it."""
-        self._commands.send(self._encode(command), zmq.NOBLOCK)
+        # A peer that is gone is noticed here before its process's end is.
+        with contextlib.suppress(zmq.Again):
+            self._commands.send(self._encode(command), zmq.NOBLOCK)
 
     async def listen(self, tell: Callable[[Event], None]) -> int:
         """Pass events on until the process ends; returns its exit status."""
@@ -198,9 +200,8 @@ class Supervisor:
         try:
             while True:
                 began = time.monotonic()
-                status = await self._run_once()
-                started_once |= self._ready
-                was_ready, self._ready = self._ready, False
+                status, was_ready = await self._run_once()
+                started_once |= was_ready
                 if not started_once:
                     msg = f"the engine process ended with status {status} before it was ready"
                     raise EngineStartError(msg)
@@ -217,15 +218,20 @@ class Supervisor:
             self._context.destroy(linger=0)
             self._directory.cleanup()
 
-    async def _run_once(self) -> int:
+    async def _run_once(self) -> tuple[int, bool]:
+        """One process, to its end; returns its exit status, and whether it had been ready."""
         incarnation = Incarnation(self._context, Path(self._directory.name), self.restarts)
         self._current = incarnation
+        was_ready = False
         try:
             await incarnation.start(self._spec)
-            return await incarnation.listen(self._on_event)
+            status = await incarnation.listen(self._on_event)
         finally:
+            # Before anything is awaited: whoever asks meanwhile is told that there is none.
+            was_ready, self._ready = self._ready, False
             self._current = None
-            await asyncio.shield(incarnation.close(listens=self._ready))
+            await asyncio.shield(incarnation.close(listens=was_ready))
+        return status, was_ready
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Ready):

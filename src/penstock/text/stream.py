@@ -21,6 +21,9 @@ class TextStream:
 
     Raises:
         ValueError: a stop string is empty.
+
+    Attributes:
+        length: characters of the text so far, what is held back for a stop string included.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class TextStream:
             tokenizer, skip_special_tokens=skip_special_tokens, prompt=prompt
         )
         self._stops = StopStrings(stop)
+        self.length = 0
 
     @property
     def stopped(self) -> bool:
@@ -50,7 +54,9 @@ class TextStream:
         """Take in a token and return the text that may be sent now; nothing once stopped."""
         if self.stopped:
             return ""
-        return self._stops.push(self._tokens.push(token_id))
+        text = self._tokens.push(token_id)
+        self.length += len(text)
+        return self._stops.push(text)
 
     def finish(self) -> str:
         """Return the text that was held back: no more tokens will come.
