@@ -116,6 +116,24 @@ def test_explain_says_why_a_request_waits(narrow: Server, pool: ThreadPoolExecut
     assert penstock("explain", "asked", "--url", narrow.url).returncode == 1
 
 
+def test_requests_of_one_name_are_told_apart(narrow: Server, pool: ThreadPoolExecutor) -> None:
+    """While one is open it is found by its name, whatever becomes of others of that name."""
+    headers = {"x-request-id": "twice"}
+    with blocked(narrow):
+        jobs = []
+        for waiting in (1, 2):
+            jobs.append(pool.submit(narrow.post, COMPLETIONS, long_completion(4), headers))
+            wait_until(lambda: narrow.stats()["waiting"] == waiting)  # noqa: B023 - used at once
+        third = narrow.post(COMPLETIONS, long_completion(4), headers)
+        assert third.status_code == 429
+        asked = narrow.get("/v1/penstock/requests/twice")
+        assert asked.status_code == 200
+        assert len(asked.json()["choices"]) == 1
+    assert [job.result().status_code for job in jobs] == [200, 200]
+    assert narrow.get("/v1/penstock/requests/twice").status_code == 404
+    assert narrow.stats()["open"] == 0
+
+
 def test_priority_is_obeyed_where_the_order_reads_it(
     narrow: Server, pool: ThreadPoolExecutor
 ) -> None:

@@ -152,7 +152,7 @@ class _Routes:
     async def explain(self, request: Request) -> Response:
         """``GET /v1/penstock/requests/{id}``: why a request waits."""
         name = request.path_params["request_id"]
-        reply = self._service.replies.get(name)
+        reply = self._service.find(name)
         if reply is None:
             msg = f"request {name!r} is not open; it has ended or never was"
             raise ApiError(404, msg, code="request_not_found", param="request_id")

@@ -63,6 +63,11 @@ class Reply:
             self.cancel()
             self._on_end(self, self._status)
 
+    @property
+    def request_id(self) -> str:
+        """The client's own name for it, or the one that it was given."""
+        return self._headers["x-request-id"]
+
     def cancel(self) -> None:
         """End every choice that has not ended."""
         for choice in self.choices:

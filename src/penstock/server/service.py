@@ -43,7 +43,7 @@ class Service:
 
     Attributes:
         model: id of the one model that is served.
-        replies: open responses by response id and by ``x-request-id``.
+        replies: open responses by response id.
         idle: set when the last reply has ended.
         draining: set on the way out; new requests get 503.
     """
@@ -88,6 +88,11 @@ class Service:
         self._check(body)
         prompts = await completion_prompts(self.text, body)
         return self._open(body, prompts, headers, arrival, CompletionShape, "cmpl")
+
+    def find(self, name: str) -> Reply | None:
+        """The open response of this id, or the latest of this ``x-request-id``."""
+        named = (reply for reply in reversed(self.replies.values()) if reply.request_id == name)
+        return self.replies.get(name) or next(named, None)
 
     def _check(self, body: CommonBody) -> None:
         if body.model != self.model:
@@ -144,7 +149,7 @@ class Service:
             stream=body.stream,
             include_usage=include_usage,
         )
-        self.replies[response_id] = self.replies[request_id] = reply
+        self.replies[response_id] = reply
         self.idle.clear()
         return reply
 
@@ -237,9 +242,7 @@ class Service:
         return self.text.decode([token], skip_special_tokens=False)
 
     def _on_end(self, reply: Reply, status: int, request_id: str, response_id: str) -> None:
-        for key in (request_id, response_id):
-            if self.replies.get(key) is reply:
-                del self.replies[key]
+        del self.replies[response_id]
         if not self.replies:
             self.idle.set()
         first = reply.choices[0]
