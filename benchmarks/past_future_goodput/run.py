@@ -26,7 +26,7 @@ Beside the paper's four curves there are, for what they show:
   1.49 s (70B: 4.9 s) without a token.
 
 Cells are kept in ``cells.jsonl`` as they end, and an interrupted run goes on; ``--fresh`` starts
-over, ``--main`` leaves the additional curves for later.
+over, ``--main`` leaves the additional curves for later, ``--report`` runs nothing.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--jobs", type=int, default=2, help="simulations at a time")
     parser.add_argument("--main", action="store_true", help="only the paper's four curves")
+    parser.add_argument("--report", action="store_true", help="only of the cells that are done")
     parser.add_argument("--fresh", action="store_true", help="forget the cells that are done")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/past_future_goodput")
     arguments = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.fresh:
         (out / "cells.jsonl").unlink(missing_ok=True)
-    todo = list(cells(arguments.seeds, main=arguments.main))
+    todo = [] if arguments.report else list(cells(arguments.seeds, main=arguments.main))
     rows = gather(todo, out / "cells.jsonl", arguments.jobs)
     made = panels(rows, arguments.seeds)
     facts: dict[str, object] = {
