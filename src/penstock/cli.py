@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import get_args
 
-from cyclopts import App
+from cyclopts import App, ArgumentCollection, CoercionError
 
 from penstock import __version__
+
+
+def _only_whole(_app: App, _words: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse ``1.5`` where a whole number is wanted: cyclopts would round it."""
+    for argument in arguments:
+        if int not in (argument.hint, *get_args(argument.hint)):
+            continue
+        for token in argument.tokens:
+            if not _is_whole(token.value):
+                msg = f"{token.value} is not a whole number"
+                raise CoercionError(msg=msg, argument=argument, token=token, target_type=int)
+
+
+def _is_whole(text: str) -> bool:
+    """False for a number with a fraction, or without an end; what is no number fails later."""
+    try:
+        return "." not in text or float(text).is_integer()
+    except ValueError:
+        return True
+
 
 app = App(
     name="penstock",
     help="An LLM server whose scheduler meets latency SLOs.",
     version=__version__,
+    config=_only_whole,
 )
 app.command(
     "penstock.server.command:serve",

@@ -167,7 +167,8 @@ def test_open_loop_keeps_its_times_whatever_the_server_does(fake: FakeServer) ->
 def test_open_loop_can_be_cut(fake: FakeServer) -> None:
     result = go(fake, workload([2] * 200), Load(duration=0.3))
     assert 10 < len(fake.measured) < 60
-    assert result.summary.seconds == pytest.approx(0.3, abs=0.15)
+    # The whole of it would take two seconds; a busy machine may end a little late.
+    assert 0.2 < result.summary.seconds < 1
 
 
 def test_chat_is_driven_with_text(fake: FakeServer) -> None:

@@ -112,6 +112,7 @@ def without(row: dict[str, object], key: str) -> dict[str, object]:
 
 M0, M1, M2 = MOONCAKE
 O0, O1ST = O1
+HUGE = "column 'completion_tokens' is 1000"
 
 
 @pytest.mark.parametrize("zipped", ["", ".gz"])
@@ -220,6 +221,36 @@ O0, O1ST = O1
             "line 1 has the columns arrival_s, prompt_tokens, output; for a trace in the",
         ),
         ("p.csv", "a,b\n1,2\n", "has the columns a, b; known formats are Azure"),
+        (
+            "p.csv",
+            'prompt_tokens,output_tokens,x\n1,2,"a\nb"\n3,x,4\n',
+            "row 2 (line 4), column 'output_tokens' is 'x'",
+        ),
+        (
+            "p.csv",
+            'prompt_tokens,output_tokens,"x\ny"\r\n1,2,"a\r\nb"\r\n\r\n3,x,4\r\n',
+            "row 2 (line 5), column 'prompt_tokens' is missing",
+        ),
+        (
+            "p.csv",
+            'prompt_tokens,output_tokens,x\n1,2,"a\nb"\n3,4,5,6\n',
+            "row 2 (line 4) has 4 cells for 3 columns, the last of which is 'x'",
+        ),
+        (
+            "p.csv",
+            f'prompt_tokens,output_tokens,x\n1,2,"{"a" * 200_000}"\n3,x,4\n',
+            "row 2, column 'output_tokens' is 'x'",  # a cell too long for the csv module
+        ),
+        # numbers beyond a float
+        ("m.json", json.dumps([O0, {**O1ST, "completion_tokens": 10**400}]), f"row 2, {HUGE}"),
+        ("m.jsonl", lines(O0, {**O1ST, "completion_tokens": 10**400}), f"row 2 (line 2), {HUGE}"),
+        (
+            "m.jsonl",
+            lines(M0, {**M1, "timestamp": 10**400}),
+            "row 2 (line 2), column 'timestamp' is 1000",
+        ),
+        # nested too deep
+        ("m.json", "[" * 200_000, "is not a JSON list: maximum recursion depth"),
         ("p.csv", "", "is not a readable table"),
     ],
 )
@@ -231,6 +262,29 @@ def test_a_bad_file_is_refused_by_file_row_and_column(
     with pytest.raises(TraceError, match=re.escape(message)) as caught:
         load(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.csv", bytes(range(256)) * 4, "line 2 is not CSV: new-line character seen in unquoted"),
+        (
+            "b.csv",
+            PLAIN.encode() + b"1,2,\xff\n",
+            "is not a readable table: invalid utf-8 sequence",
+        ),
+        ("b.json", bytes(range(256)) * 4, "line 1 is not JSON"),
+        ("b.json", b'[{"prompt_tokens": "\xff"}]', "is not a JSON list: 'utf-8' codec"),
+        ("b.jsonl", b'{"prompt_tokens": "\xff"}', "line 1 is not JSON: 'utf-8' codec"),
+    ],
+)
+def test_a_binary_file_is_refused_in_words(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match=re.escape(f"{path}: {message}")):
+        load(path)
 
 
 @pytest.mark.parametrize("name", ["p.csv.gz", "m.jsonl.gz"])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from penstock.bench import fitted
 from penstock.bench.prompts import Prompts
 from penstock.bench.workload import (
+    LONGEST,
     Lengths,
     SLOClass,
     Workload,
@@ -44,6 +45,32 @@ def test_lengths_are_whole_and_within_bounds(text: str) -> None:
 def test_other_notations_are_refused_by_value(text: str) -> None:
     with pytest.raises(ValueError, match=f"{text!r} is not understood"):
         Lengths.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2147483648", f"uniform:1-{'9' * 20}", f"lognormal:9,1,{'9' * 400}", "lognormal:3000000000,1"],
+)
+def test_lengths_beyond_the_bound_are_refused_by_value(text: str) -> None:
+    with pytest.raises(ValueError, match=f"{text!r} is out of range; .* at most 2147483647"):
+        Lengths.parse(text)
+
+
+def test_the_longest_length_can_be_drawn() -> None:
+    for text in (
+        "2147483647",
+        "uniform:2147483647-2147483647",
+        "lognormal:2147483647,9,2147483647",
+    ):
+        assert Lengths.parse(text).draw(50, np.random.default_rng(0)).max() == LONGEST
+
+
+@pytest.mark.parametrize("sigma", [50, 5000])
+def test_a_lognormal_beyond_the_bound_needs_a_largest_length(sigma: int) -> None:
+    with pytest.raises(ValueError, match=f"lognormal:200,{sigma} draws more than 2147483647"):
+        Lengths.parse(f"lognormal:200,{sigma}").draw(50, np.random.default_rng(0))
+    cut = Lengths.parse(f"lognormal:200,{sigma},4096").draw(50, np.random.default_rng(0))
+    assert (cut.min(), cut.max()) == (1, 4096)
 
 
 @given(st.integers(0, 2**32), st.sampled_from(LENGTHS), st.integers(1, 50))

@@ -116,6 +116,15 @@ def test_what_kubernetes_says_of_a_service_of_this_name_is_no_setting() -> None:
     assert load(environ=environ) == Config()
 
 
+def test_parameters_on_the_command_line_keep_their_fractions() -> None:
+    said = penstock("config", "--parameters.reserve", "0.05", "--parameters.window", "40")
+    assert "parameters = {reserve = 0.05, window = 40}" in said.stdout, said
+    wrong = penstock("config", "--parameters.reserve", "much")
+    assert wrong.returncode == 2
+    assert "--parameters" in wrong.stderr
+    assert "'much'" in wrong.stderr
+
+
 def test_slo_classes() -> None:
     config = load(slo_classes=["interactive=ttft:0.5,tpot:0.03,on_miss:expire"])
     chosen = config.slo["interactive"]

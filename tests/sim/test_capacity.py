@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import cyclopts
@@ -54,6 +55,13 @@ def test_the_edge_is_found_to_the_tolerance(edge: float, start: float, tolerance
     assert bad - good <= tolerance * good
 
 
+@pytest.mark.parametrize("edge", [0.02, 1.0, 3.7, 90.0])
+def test_no_search_goes_on_between_neighbouring_numbers(edge: float) -> None:
+    good, bad = largest(lambda value: value <= edge, search(tolerance=1e-18))
+    assert good <= edge < bad
+    assert bad == math.nextafter(good, math.inf)
+
+
 @given(edge=st.integers(1, 299), start=st.integers(1, 300))
 def test_whole_numbers_end_next_to_each_other(edge: int, start: int) -> None:
     asked = search(find="clients", low=1, high=300, start=start, tolerance=0.001)
@@ -82,6 +90,29 @@ def test_an_answer_is_where_attainment_crosses_the_target() -> None:
         assert (result.attainment >= 0.9) is sustained
         assert found.at(value).attainment == result.attainment
     assert found.missed / found.sustained <= 1.02
+
+
+def test_the_rate_is_that_of_the_arrivals_whatever_the_speed() -> None:
+    usual = answer(SPEC, search())
+    assert answer(msgspec.structs.replace(SPEC, speed=4.0), search()) == usual
+
+
+def test_a_search_begins_at_the_load_that_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    data = found_by(f"{VLLM} --rate 0.5 --speed 2 --seeds 1 --attainment 0.9", capsys)
+    assert data["search"]["start"] == 1
+    assert data["capacities"][0]["answers"][0]["tried"][0]["value"] == 1
+
+
+def test_presets_with_slices_have_a_capacity(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "--preset scls,past-future --instances 2 --input 10-100 --output 5-50 --requests 300 "
+        "--cap 200 --kv-tokens 2000 --max-batch 16 --profile llama-2-7b/a100-80g --slo e2e=2 "
+        "--attainment 0.5"
+    )
+    data = found_by(f"{words} --seeds 1 --tolerance 0.5", capsys)
+    slices, whole = data["capacities"]
+    assert (slices["policy"], whole["policy"]) == ("scls", "past-future")
+    assert 0 < slices["mean"][0] < whole["mean"][0]
 
 
 def test_the_interval_is_over_seeds_and_holds_the_resolution() -> None:
@@ -183,6 +214,9 @@ def test_the_table_has_the_numbers_and_the_notes(capsys: pytest.CaptureFixture[s
         (f"{WORDS} --rate 1 --clients 2", "give --clients for a closed loop"),
         (f"{WORDS} --rate 1 --find speed", "leave --rate and --clients out"),
         (f"{WORDS} --output 4-9000", "can never fit"),
+        (f"{WORDS} --rate 0", "rate is 0.0; it must be a finite number above 0"),
+        (f"{WORDS} --clients 0", "clients is 0; it must be at least 1"),
+        (f"{WORDS} --preset scls", "preset scls with place None needs a profile"),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -105,6 +105,14 @@ def test_without_json_there_is_a_table(tmp_path: Path, capsys: pytest.CaptureFix
         ),
         (f"{TIMED} --instances 2 --clients 3", "without a place, several need an open loop"),
         (f"{TIMED} --place round-robin --html x.html", "cannot be watched step by step"),
+        (f"{TIMED} --preset scls --html x.html", "preset scls with place None cannot be watched"),
+        (f"{TIMED} --preset best", "sls, ils, distserve, kairos-literal, kairos, scls-slice,"),
+        (f"{TIMED} --seed -1", "seed is -1; it must be at least 0"),
+        (f"{TIMED} --block-size 9001", "block_size is 9001; it must be at most kv_tokens (9000)"),
+        (
+            f"{TIMED} --max-batch 65 --prefill-budget 64",
+            "max_batch is 65; it must be at most prefill_budget (64)",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -134,6 +142,27 @@ def test_clients_try_again(capsys: pytest.CaptureFixture[str]) -> None:
     words = f"--requests 40 --input 32-409 --output 204-409 {STUDY} --clients 40 --slo ttft=300"
     (once,), (more,) = runs_of(words, capsys), runs_of(f"{words} --retries 2", capsys)
     assert once["attempts"] == 40 < more["attempts"] <= 120
+
+
+def test_a_request_that_is_tried_again_finishes_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--requests 40 --input 32-409 --output 204-409 {STUDY} --clients 40 --slo ttft=300"
+    (run,) = runs_of(f"{words} --preset vllm --retries 2", capsys)
+    assert run["ends"]["completed"] == run["attempts"] > 40
+    assert run["finished"] == 40
+    assert run["evictions"] > 0
+    assert run["evicted_ratio"] == run["evictions"] / 40
+
+
+@pytest.mark.parametrize("output", ["1", "1-2"])
+def test_requests_that_end_at_once_are_counted(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prefill takes no time, so the first token of the first batch comes at 0."""
+    page = tmp_path / "r.html"
+    words = f"--steps-only --kv-tokens 1000 --requests 40 --input 10 --output {output}"
+    (run,) = runs_of(f"{words} --html {page}", capsys)
+    assert run["finished"] == run["attempts"] == 40
+    assert page.exists()
 
 
 HEAD = "arrival_s,prompt_tokens,output_tokens\n"

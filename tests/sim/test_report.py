@@ -110,6 +110,26 @@ def test_the_report_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "show is 7; the sweep has the loads 0.1, 0.3, 0.6" in capsys.readouterr().err
 
 
+def test_a_sweep_with_a_dispatcher_has_a_report_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such runs cannot be watched; the others are."""
+    target = tmp_path / "s.html"
+    words = (
+        f"sweep --preset scls,past-future --input 8-40 --output 4-20 --requests 30 --cap 200 "
+        f"--kv-tokens 9000 --profile llama-2-7b/a100-80g --out {tmp_path} --jobs 1 --speed 3"
+    )
+    assert penstock(f"{words} --over rate=0.1,0.2 --html {target} --json - --show 0.3") == 0
+    assert {cell["load"] for cell in json.loads(capsys.readouterr().out)["cells"]} == {
+        3 * 0.1,
+        3 * 0.2,
+    }
+    page = check_page(target)
+    assert "Over time: past-future, at 0.3 req/s" in page
+    assert "Over time: scls" not in page
+    assert "is not drawn for runs with a dispatcher" in page
+
+
 def test_a_failed_run_is_named_in_the_report(tmp_path: Path) -> None:
     target = tmp_path / "s.html"
     words = f"sweep {LOAD} --rate 0.3 --out {tmp_path} --jobs 1 --over kv_tokens=300,30"

@@ -7,6 +7,7 @@ import pytest
 
 import penstock
 from penstock.bench.workload import Workload
+from penstock.sim.study import behaviour
 
 LOAD = {"input": "uniform:4-40", "output": "uniform:2-20", "requests": 60, "clients": 60}
 
@@ -42,6 +43,41 @@ def test_a_workload_of_ones_own() -> None:
     assert "&lt;mine&gt;" in done._repr_html_()
     with pytest.raises(ValueError, match="can never fit"):
         penstock.simulate(kv_tokens=10, steps_only=True, clients=2, workload=made)
+
+
+def test_a_workload_that_cannot_be_simulated_is_refused() -> None:
+    def refused(made: Workload, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            penstock.simulate(kv_tokens=40, steps_only=True, workload=made)
+
+    lengths, zero, none = np.array([5, 6]), np.array([5, 0]), np.array([], dtype=np.int64)
+    refused(Workload("mine", none, none), "mine: the workload has 0 requests")
+    refused(Workload("mine", lengths, zero), r"request 1 \(.*\), output tokens is 0; .* at least 1")
+    refused(Workload("mine", zero, lengths), r"request 1 \(.*\), prompt tokens is 0; .* at least 1")
+    never = np.array([0.0, np.nan])
+    refused(Workload("mine", lengths, lengths, never), "job 1 arrives at nan")
+
+
+def test_outputs_cut_at_the_cap_are_noted() -> None:
+    made = Workload("mine", np.array([5, 6, 7]), np.array([2, 3, 4]))
+    asked = {"kv_tokens": 40, "clients": 1, "cap": 2, "workload": made}
+    done = penstock.simulate(profile="llama-2-7b/a100-80g", **asked)
+    assert done.table()["output_tokens"].to_list() == [2, 2, 2]
+    assert done.summary.notes == ("2 outputs cut at the cap of 2",)
+    assert penstock.simulate(steps_only=True, **asked).summary.notes == ()
+
+
+def test_instances_are_counted_together() -> None:
+    settings = {"kv_tokens": 300, "steps_only": True, "requests": 60, "seed": 4}
+    load = {"input": "uniform:4-40", "output": "uniform:2-20", "rate": 3.0}
+    done = penstock.simulate("vllm", instances=3, **settings, **load)
+    parts = [behaviour(run, 300) for run in done.runs]
+    steps = [part.decode_steps for part in parts]
+    assert len(set(steps)) > 1
+    assert done.behaviour.decode_steps == sum(steps)
+    for name in ("memory", "peak"):
+        mean = np.average([getattr(part, name) for part in parts], weights=steps)
+        assert getattr(done.behaviour, name) == pytest.approx(mean)
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -8,7 +8,7 @@ from penstock.core.forecast.latency.affine import DecodeSteps
 from penstock.core.policies import presets
 from penstock.core.types import SLO, Capabilities, OnMiss
 from penstock.sim.run import Job, Record, run
-from penstock.sim.sources import ClosedLoop
+from penstock.sim.sources import ClosedLoop, OpenLoop
 
 MACHINE = Capabilities(
     kv_blocks=30, block_size=1, max_batch=4, max_step_tokens=30, max_request_tokens=30
@@ -49,6 +49,12 @@ def test_a_judge_of_ones_own_and_an_end_in_time() -> None:
     jobs = [Job("a", 0.0, 10, 9, 12)]
     never = go(ClosedLoop(jobs, 1, retries=10**6, met=lambda _: False, until=20))
     assert [r.job.arrival for r in never] == [0, 8, 16]
+
+
+@pytest.mark.parametrize("arrival", [float("nan"), float("inf")])
+def test_an_arrival_that_never_comes_is_refused(arrival: float) -> None:
+    with pytest.raises(ValueError, match=rf"job b arrives at {arrival}; it must be a number of"):
+        OpenLoop([Job("a", 0.0, 10, 9, 12), Job("b", arrival, 10, 9, 12)])
 
 
 def test_negative_retries_are_refused() -> None:

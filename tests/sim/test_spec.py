@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from penstock.sim.execute import one_run
-from penstock.sim.spec import RunSpec, digest_of, jobs_of, workload_of
+from penstock.sim.spec import RunSpec, capabilities_of, digest_of, jobs_of, workload_of
 
 SMALL = RunSpec(
     preset="past-future",
@@ -75,11 +75,44 @@ def test_a_round_robin_over_two_machines_is_two_runs_of_every_other_request() ->
         ({"instances": 2}, "without a place, several need an open loop"),
         ({"cap": 0}, "cap is 0"),
         ({"speed": 0.0}, r"speed is 0\.0"),
+        ({"clients": None, "rate": float("nan")}, "rate is nan; it must be a finite number above"),
+        ({"clients": None, "rate": 0.0}, r"rate is 0\.0; it must be a finite number above 0"),
+        ({"clients": 0}, "clients is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"block_size": 301}, r"block_size is 301; it must be at most kv_tokens \(300\)"),
+        ({"prefill_budget": 15}, r"max_batch is 16; it must be at most prefill_budget \(15\)"),
+        ({"max_batch": 2049}, r"max_batch is 2049; it must be at most prefill_budget \(2048\)"),
     ],
 )
 def test_fields_out_of_range_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(**fields)
+
+
+@pytest.mark.parametrize(("budget", "batch"), [(9, 9), (1024, 1024), (2048, 1024)])
+def test_no_batch_is_larger_than_the_budget(budget: int, batch: int) -> None:
+    machine = capabilities_of(changed(max_batch=None, prefill_budget=budget))
+    assert (machine.max_batch, machine.max_step_tokens) == (batch, budget)
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(1, 300), (16, 18), (300, 1)])
+def test_there_are_no_more_blocks_than_memory(size: int, blocks: int) -> None:
+    assert capabilities_of(changed(block_size=size)).kv_blocks == blocks
+
+
+def test_the_load_is_that_of_the_arrivals() -> None:
+    spec = changed(clients=None, rate=2.0, speed=4.0, requests=4000)
+    last = jobs_of(spec, workload_of(spec))[-1].arrival
+    assert (spec.load, spec.load_unit) == (8.0, "req/s")
+    assert 4000 / last == pytest.approx(spec.load, rel=0.05)
+    assert changed(clients=None, arrivals="trace", speed=4.0).load == 4.0
+
+
+def test_over_no_time_there_is_no_rate() -> None:
+    result = one_run(changed(output="1", clients=60))
+    assert result.finished == result.attempts == 60
+    assert result.seconds == result.goodput_output_tps == result.throughput_output_tps == 0
+    assert result.attainment == 1
 
 
 def test_a_request_that_can_never_fit_is_named() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -86,12 +87,31 @@ def test_values_with_commas_are_separated_by_semicolons() -> None:
         (["rate=1", "rate=2"], "names rate twice"),
         (["preset=best"], "preset 'best' is unknown"),
         (["parameters.reserve=0,2"], r"reserve is 2\.0"),
+        (["rate=nan"], "rate is nan; it must be a finite number above 0"),
+        (["seed=-1,2"], "seed is -1; it must be at least 0"),
         (["parameters.watermark=0.9"], "none of the presets past-future has it"),
     ],
 )
 def test_what_is_wrong_with_an_axis_is_said(texts: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grid(REQUESTS, MACHINE, parse_axes(texts))
+
+
+def test_presets_with_slices_are_checked_as_those_without(tmp_path: Path) -> None:
+    machine = MachineOptions(
+        preset="scls,vllm", kv_tokens=9000, profile="llama-2-7b/a100-80g", place="round-robin",
+        parameters={"slice_tokens": 16},
+    )  # fmt: skip
+    asked = replace(REQUESTS, cap=20, rate=9.0)
+    cells = sweep(grid(asked, machine, parse_axes(["instances=1,2"])), tmp_path, HERE)
+    assert [cell.result.finished for cell in cells] == [30] * 4
+    for changes, message in (
+        ({"parameters": {"slice_tokens": 0}}, r"slice_tokens is 0"),
+        ({"place": "nowhere"}, "place 'nowhere' is unknown"),
+        ({"place": "max-min"}, "place 'max-min' needs a preset with slices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grid(asked, replace(machine, **changes))
 
 
 def test_results_are_those_of_single_runs_and_are_kept(

@@ -57,7 +57,7 @@ class Target:
         model: the model's name there.
         api: which of the two completion routes.
         key: API key, sent as a bearer token; empty for none.
-        timeout: seconds after which an attempt counts as an error.
+        timeout: seconds after which an attempt counts as an error, above 0.
     """
 
     url: str
@@ -69,6 +69,9 @@ class Target:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             msg = f"url is {self.url!r}; it must begin with http:// or https://"
+            raise ValueError(msg)
+        if not 0 < self.timeout < float("inf"):
+            msg = f"timeout is {self.timeout}; it must be a number of seconds above 0"
             raise ValueError(msg)
 
     @property

@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 from cyclopts import Parameter
 
-from penstock.bench import fitted, html, traces
+from penstock.bench import fitted, output, traces
 from penstock.bench.client import Api, Target
 from penstock.bench.drive import HookError, LengthMode, Rules
 from penstock.bench.measure import Load, Measurement, run
 from penstock.bench.prompts import Prompts
-from penstock.bench.result import Result, command_line, table
+from penstock.bench.result import Result, command_line
 from penstock.bench.workload import (
     Lengths,
     Workload,
@@ -25,8 +24,13 @@ from penstock.bench.workload import (
     parse_slo,
     poisson,
     shuffled,
+    stretch,
     synthetic,
 )
+from penstock.bench.writable import OutputError, check_writable
+
+MOST_REQUESTS = 10_000_000
+"""What ``--requests`` may ask for: more do not fit into the memory of common machines."""
 
 
 class UsageError(ValueError):
@@ -69,7 +73,7 @@ class WorkloadOptions:
         input: Prompt lengths: 512, uniform:32-4096 or lognormal:MEDIAN,SIGMA[,MAX].
         output: Output lengths in the same notation, or "model" to let the model decide.
         scale: Multiply all lengths by this, at most 1.
-        requests: How many; by default all of a trace, else 200.
+        requests: How many, at most 10 million; by default all of a trace, else 200.
         seed: The same seed gives the same requests, prompts and arrivals.
         cap: max_tokens of every request; by default the workload's longest output.
         engine_has_no_hook: The engine cannot end requests by trace_output_tokens: send true
@@ -140,7 +144,8 @@ def bench(
 ) -> int:
     """Measure goodput, attainment and latencies of an OpenAI endpoint.
 
-    The exit code is 0 if requests were measured, 1 if the endpoint failed, 2 if options are wrong.
+    The exit code is 0 if requests were measured, 1 if the endpoint failed, 2 if options are wrong
+    or a file could not be written.
 
     Args:
         endpoint: Where requests go.
@@ -154,6 +159,7 @@ def bench(
     endpoint, workload = endpoint or EndpointOptions(), workload or WorkloadOptions()
     load, report = load or LoadOptions(), report or ReportOptions()
     try:
+        _check_files(report)
         requests = build_workload(workload, load).with_classes(parse_slo(slo or []), workload.seed)
         rules = build_rules(requests, workload, load, endpoint, send_slo=send_slo)
         prompts = Prompts(requests, workload.seed, *_token_range(endpoint.token_range))
@@ -174,8 +180,14 @@ def bench(
         result = _with_progress(job, quiet=quiet)
     except (HookError, ValueError) as error:
         return _fail(error, 1)
-    _report(result, report)
-    return 0 if result.summary.ends.get("completed") else 1
+    return _report(result, report)
+
+
+def _check_files(report: ReportOptions) -> None:
+    if report.json not in {None, "-"}:
+        check_writable("json", Path(report.json or ""))
+    if report.html is not None:
+        check_writable("html", report.html)
 
 
 def build_workload(options: WorkloadOptions, load: LoadOptions) -> Workload:
@@ -189,8 +201,11 @@ def build_workload(options: WorkloadOptions, load: LoadOptions) -> Workload:
     if sum(given) > 1:
         msg = "give one of --trace, --lengths and --input"
         raise UsageError(msg)
-    if options.requests is not None and options.requests < 1:
-        msg = f"requests is {options.requests}; it must be at least 1"
+    if options.requests is not None and not 1 <= options.requests <= MOST_REQUESTS:
+        msg = f"requests is {options.requests}; it must be from 1 to {MOST_REQUESTS}"
+        raise UsageError(msg)
+    if options.seed < 0:
+        msg = f"seed is {options.seed}; it must be at least 0"
         raise UsageError(msg)
     by_model = options.output == "model"
     if options.output is not None and not by_model and options.input is None:
@@ -200,8 +215,8 @@ def build_workload(options: WorkloadOptions, load: LoadOptions) -> Workload:
     if options.trace is not None:
         made = _traced(options, load)
     elif options.input is not None:
-        output = None if by_model else Lengths.parse(options.output or options.input)
-        made = synthetic(Lengths.parse(options.input), output, count, options.seed)
+        outputs = None if by_model else Lengths.parse(options.output or options.input)
+        made = synthetic(Lengths.parse(options.input), outputs, count, options.seed)
     else:
         made = fitted.fitted(options.lengths or "azure-conversation", count, options.seed)
     made = made.scaled(options.scale)
@@ -212,14 +227,17 @@ def build_workload(options: WorkloadOptions, load: LoadOptions) -> Workload:
 
 def _traced(options: WorkloadOptions, load: LoadOptions) -> Workload:
     made = traces.load(options.trace or Path())
-    if options.requests is None:
-        return made
-    if load.arrivals != "trace" and made.hash_ids is None:
-        return shuffled(made, options.requests, options.seed)
-    if options.requests > len(made):
-        note = f"the trace has only {len(made)} of {options.requests} requests"
-        return replace(made, notes=(*made.notes, note))
-    return made.take(range(options.requests))
+    count = options.requests or len(made)
+    own_times = load.arrivals == "trace"
+    at_random = load.rate is not None and not own_times
+    if not own_times:
+        made = replace(made, notes=tuple(n for n in made.notes if n != traces.SPREAD))
+    if made.hash_ids is None and (at_random or (options.requests and not own_times)):
+        return shuffled(made, count, options.seed)
+    if count > len(made):
+        note = f"the trace has only {len(made)} of {count} requests"
+        made, count = replace(made, notes=(*made.notes, note)), len(made)
+    return stretch(made, count, options.seed) if at_random else made.take(range(count))
 
 
 def _timed(made: Workload, options: WorkloadOptions, load: LoadOptions) -> Workload:
@@ -349,25 +367,12 @@ def _with_progress(job: Measurement, *, quiet: bool) -> Result:
         return run(replace(job, on_attempt=lambda attempt: count(attempt.met)))
 
 
-def _report(result: Result, options: ReportOptions) -> None:
-    text = msgspec.json.format(msgspec.json.encode(result.to_dict()), indent=1)
-    if options.html is not None:
-        html.write(result, options.html)
-    if options.json == "-":
-        sys.stdout.write(text.decode() + "\n")
-        return
-    if options.json is not None:
-        Path(options.json).write_bytes(text + b"\n")
-    from rich.console import Console
-
-    console = Console()
-    console.print(table(result))
-    for note in result.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
-    for error, count in result.summary.errors.items():
-        console.print(f"error ({count} times): {error}", highlight=False, markup=False)
-    if options.html is not None:
-        console.print(f"report: {options.html}", highlight=False, markup=False)
+def _report(result: Result, options: ReportOptions) -> int:
+    try:
+        output.report(result, json=options.json, page=options.html)
+    except OutputError as error:
+        return _fail(error, 2)
+    return 0 if result.summary.ends.get("completed") else 1
 
 
 def _fail(error: Exception, code: Literal[1, 2]) -> int:

@@ -11,7 +11,7 @@ plain                  [arrival_s,] prompt_tokens, output_tokens (CSV, Parquet) 
 =====================  ==============================================================  =========
 
 Each may be gzipped (not Parquet).  Times start at 0 in the result.  Rows are counted from 1, the
-header aside; where a row has a line of its own, it is named too.  Other columns are ignored.
+header aside; the line on which a row begins is named too.  Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -39,6 +39,11 @@ MOONCAKE_BLOCK = 512
 
 SORTED = "rows sorted by time"
 """How the note begins that says so, and names the first row out of order."""
+
+SPREAD = "requests under one time stamp spread evenly up to the next stamp"
+"""The note that says so; it holds for the trace's own times."""
+
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class TraceError(ValueError):
@@ -155,19 +160,46 @@ def _table(path: Path) -> _Table:
     for name in frame.columns:
         if name.endswith("_duplicated_0"):
             _refuse(path, f"line 1 names the column {name.removesuffix('_duplicated_0')!r} twice")
-    return _Table(path, frame, range(2, frame.height + 2))
+    return _Table(path, frame, _lines(path, frame.height))
+
+
+def _lines(path: Path, height: int) -> Sequence[int] | None:
+    """The line on which each row begins; None where it cannot be told."""
+    if b'"' not in _bytes(path):
+        return range(2, height + 2)
+    try:
+        lines = [line for line, _ in _csv_rows(path)][1:]
+    except TraceError:
+        return None
+    return lines if len(lines) == height else None
 
 
 def _refuse_ragged(path: Path) -> None:
     """Refuse a row with more cells than the header, if that is what is wrong."""
-    rows = csv.reader(io.StringIO(_bytes(path).decode("utf-8", "replace")))
-    header = next(rows, [])
-    for number, row in enumerate(rows):
+    rows = _csv_rows(path)
+    _, header = next(rows, (1, []))
+    for number, (line, row) in enumerate(rows, 1):
         if len(row) > len(header):
-            where = Origin.place(number, range(2, number + 3))
             last = header[-1] if header else ""
             what = f"{len(row)} cells for {len(header)} columns, the last of which is {last!r}"
-            _refuse(path, f"{where} has {what}")
+            _refuse(path, f"row {number} (line {line}) has {what}")
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each row, the header too, and the line on which it begins: a quoted cell can span several.
+
+    Raises:
+        TraceError: the line of a row that is not CSV.
+    """
+    rows = csv.reader(io.StringIO(_bytes(path).decode("utf-8", "replace")))
+    line = 1
+    try:
+        for row in rows:
+            yield line, row
+            line = rows.line_num + 1
+    except csv.Error as error:
+        # What follows the dash is for the programmer.
+        _refuse(path, f"line {line} is not CSV: {str(error).partition(' - ')[0]}")
 
 
 def _bytes(path: Path) -> bytes:
@@ -189,7 +221,7 @@ def _json_table(path: Path) -> _Table:
     if text.lstrip()[:1] == b"[":
         try:
             rows = msgspec.json.decode(text, type=list[object])
-        except msgspec.DecodeError as error:
+        except _NOT_JSON as error:
             _refuse(path, f"is not a JSON list: {error}")
     else:
         numbered = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -211,7 +243,7 @@ def _json_table(path: Path) -> _Table:
 def _json_line(path: Path, number: int, line: bytes) -> object:
     try:
         return msgspec.json.decode(line)
-    except msgspec.DecodeError as error:
+    except _NOT_JSON as error:
         _refuse(path, f"line {number} is not JSON: {error}")
 
 
@@ -247,12 +279,19 @@ def _numbers(frame: pl.DataFrame, column: str) -> Floats:
 
     series = frame[column]
     if series.dtype == pl.Object:
-        return np.array(
-            [v if type(v) in (int, float) else np.nan for v in series.to_list()], dtype=np.float64
-        )
+        return np.array([_number(cell) for cell in series.to_list()], dtype=np.float64)
     if series.dtype == pl.String:
         series = series.str.strip_chars()
     return series.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy().astype(np.float64)
+
+
+def _number(cell: object) -> float:
+    if not isinstance(cell, (int, float)) or isinstance(cell, bool):
+        return np.nan
+    try:
+        return float(cell)
+    except OverflowError:
+        return np.inf
 
 
 def _served(table: _Table, form: _Format, prompt: Ints, output: Ints) -> NDArray[np.bool_]:
@@ -311,7 +350,7 @@ def _in_order(workload: Workload, *, spread: bool) -> Workload:
         steps = np.append(np.diff(stamps), np.median(np.diff(stamps)))
         offset = np.concatenate([np.arange(n) / n for n in counts])
         times = np.repeat(stamps, counts) + offset * np.repeat(steps, counts)
-        notes.append("requests under one time stamp spread evenly up to the next stamp")
+        notes.append(SPREAD)
     return replace(workload, arrival=times, notes=tuple(notes))
 
 

@@ -15,6 +15,9 @@ from penstock.core.types import SLO
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
+LONGEST = 2**31 - 1
+"""Most tokens of a prompt or an output that a distribution may ask for."""
+
 
 @dataclass(frozen=True, slots=True)
 class SLOClass:
@@ -147,7 +150,7 @@ class Lengths:
     """A distribution of token counts.
 
     Written ``512``, ``uniform:32-4096`` or ``lognormal:MEDIAN,SIGMA[,MAX]`` (sigma of the
-    natural logarithm).  Draws are whole numbers of at least 1.
+    natural logarithm).  Draws are whole numbers from 1 to :data:`LONGEST`.
     """
 
     kind: str
@@ -158,7 +161,7 @@ class Lengths:
         """Read the notation above.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else, or has lengths above :data:`LONGEST`.
         """
         number = r"\d+(?:\.\d+)?"
         for kind, pattern in (
@@ -171,6 +174,12 @@ class Lengths:
                 numbers = tuple(float(g) for g in match.groups() if g is not None)
                 if min(numbers) <= 0 or (kind == "uniform" and numbers[1] < numbers[0]):
                     break
+                if max(numbers) > LONGEST:
+                    msg = (
+                        f"length distribution {text!r} is out of range; its numbers must be at "
+                        f"most {LONGEST}"
+                    )
+                    raise ValueError(msg)
                 return cls(kind, numbers)
         msg = (
             f"length distribution {text!r} is not understood; write 512, uniform:32-4096 or "
@@ -179,15 +188,27 @@ class Lengths:
         raise ValueError(msg)
 
     def draw(self, count: int, rng: np.random.Generator) -> Ints:
-        """``count`` lengths."""
+        """``count`` lengths.
+
+        Raises:
+            ValueError: a lognormal without a largest length drew one above :data:`LONGEST`.
+        """
         if self.kind == "fixed":
             return np.full(count, int(self.numbers[0]), dtype=np.int64)
         if self.kind == "uniform":
             low, high = (int(n) for n in self.numbers)
             return rng.integers(low, high, size=count, endpoint=True)
         median, sigma, *rest = self.numbers
-        values = np.exp(np.log(median) + sigma * rng.standard_normal(count))
-        most = rest[0] if rest else np.inf
+        most = rest[0] if rest else LONGEST
+        logs = np.log(median) + sigma * rng.standard_normal(count)
+        if not rest and (logs > np.log(LONGEST)).any():
+            msg = (
+                f"length distribution {_name(self)} draws more than {LONGEST} tokens; give a "
+                "largest length, as in lognormal:200,0.8,4096, or a smaller sigma"
+            )
+            raise ValueError(msg)
+        # Cut before the exponential too, which would overflow.
+        values = np.exp(np.minimum(logs, np.log(most)))
         drawn: Ints = np.clip(np.rint(values), 1, most).astype(np.int64)
         return drawn
 
@@ -230,6 +251,18 @@ def shuffled(workload: Workload, count: int, seed: int) -> Workload:
     rounds = -(-count // len(workload))
     rows = np.concatenate([rng.permutation(len(workload)) for _ in range(rounds)])[:count]
     return replace(workload.take(rows), arrival=None)
+
+
+def stretch(workload: Workload, count: int, seed: int) -> Workload:
+    """``count`` neighbours from a random request on; after the last one comes the first.
+
+    For traces whose requests share prefixes: what was near in time shares most, and one by one
+    at random they would find less of it in a cache.  Times are dropped.
+    """
+    first = int(_rng(seed, "rows").integers(len(workload)))
+    taken = workload.take((first + np.arange(count)) % len(workload))
+    note = "a random stretch of the trace in its own order: neighbours share prefixes"
+    return replace(taken, arrival=None, notes=(*taken.notes, note))
 
 
 def parse_slo(texts: Sequence[str]) -> tuple[SLOClass, ...]:

@@ -18,6 +18,10 @@ from cyclopts import Parameter
 from penstock.config import SLO_FORM, ConfigError, fields, load, to_toml
 from penstock.settings import Config
 
+# Left to the configuration to read: cyclopts takes the first type of a union, and makes 0.05
+# of an "int or float" a 0.
+_WORDS: dict[str, Any] = {"parameters": dict[str, str]}
+
 
 def serve(model: str | None = None, **given: Any) -> int:
     """Serve a model over an OpenAI-compatible HTTP API."""
@@ -130,7 +134,7 @@ def _with_flags(function: Callable[..., int]) -> Callable[..., int]:
     parameters = [
         _parameter(
             name,
-            info.annotation,
+            _WORDS.get(name, info.annotation),
             f"{info.description}{_default_of(info.get_default(call_default_factory=True))}",
             positional=name == "model",
         )

@@ -238,6 +238,8 @@ def largest(holds: Callable[[float], bool], search: Search) -> tuple[float | Non
         return good, bad
     while bad - good > max(search.step, search.tolerance * good):
         middle = (good + bad) // 2 if search.whole else math.sqrt(good * bad)
+        if not good < middle < bad:  # no number lies between them
+            break
         if holds(middle):
             good = middle
         else:
@@ -247,6 +249,8 @@ def largest(holds: Callable[[float], bool], search: Search) -> tuple[float | Non
 
 def _at(spec: RunSpec, search: Search, value: float) -> RunSpec:
     number = int(value) if search.whole else value
+    if search.find == "rate":  # its arrivals are divided by the speed
+        number = value / spec.speed
     return msgspec.structs.replace(spec, **{search.find: number})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -17,6 +16,7 @@ from penstock.sim.capacity import BOUNDS, UNITS, Capacity, Search, Searched, cap
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid
 from penstock.sim.interval import Interval
+from penstock.sim.output import STDOUT, check_targets, write_json
 from penstock.sim.parallel import default_workers
 from penstock.sim.spec import SpecError, workload_of
 
@@ -78,12 +78,13 @@ def capacity_command(
     search = search or SearchOptions()
     asked = requests or RequestOptions()
     try:
+        check_targets(json=search.json)
         find = search.find or _find(asked)
         sought = _search(search, find, asked)
         if search.seeds < 1:
             msg = f"seeds is {search.seeds}; it must be at least 1"
             raise SpecError(msg)
-        specs = grid(_placed(asked, find, sought.start), machine_options or MachineOptions())
+        specs = grid(_placed(asked, find), machine_options or MachineOptions())
         workload_of(specs[0])  # options that are wrong for all are refused before the first run
         seeds = range(asked.seed, asked.seed + search.seeds)
         workers = default_workers() if search.jobs is None else search.jobs
@@ -114,20 +115,23 @@ def _search(options: SearchOptions, find: Searched, asked: RequestOptions) -> Se
         except ValueError:
             msg = f"between is {options.between!r}; write LOW:HIGH, as 0.5:20"
             raise SpecError(msg) from None
-    given = {"rate": asked.rate, "clients": asked.clients, "speed": asked.speed}.get(find)
-    start = float(given or 1)
+    placed = _placed(asked, find)
+    given = {"rate": placed.rate, "clients": placed.clients, "speed": placed.speed}.get(find)
+    start = 1.0 if given is None else float(given)
+    if find == "rate":
+        start *= asked.speed
     return Search(
         find=find, attainment=options.attainment, low=low, high=high, start=start,
         tolerance=options.tolerance,
     )  # fmt: skip
 
 
-def _placed(asked: RequestOptions, find: Searched, start: float) -> RequestOptions:
+def _placed(asked: RequestOptions, find: Searched) -> RequestOptions:
     """With a value for what is searched, so that the options are complete."""
     if find == "rate":
-        return replace(asked, rate=start)
+        return replace(asked, rate=1.0 if asked.rate is None else asked.rate)
     if find == "clients":
-        return replace(asked, clients=int(start))
+        return replace(asked, clients=1 if asked.clients is None else asked.clients)
     if find == "speed" and (asked.rate is not None or asked.clients is not None):
         msg = "--find speed replays a trace's own times; leave --rate and --clients out"
         raise SpecError(msg)
@@ -153,11 +157,9 @@ def _one(one: Capacity) -> dict[str, Any]:
 
 def _write(found: Sequence[Capacity], search: Search, json: str | None) -> None:
     if json is not None:
-        text = msgspec.json.format(msgspec.json.encode(to_dict(found, search)), indent=1) + b"\n"
-        if json == "-":
-            sys.stdout.write(text.decode())
+        write_json(to_dict(found, search), json)
+        if json == STDOUT:
             return
-        Path(json).write_bytes(text)
     from rich.console import Console
 
     console = Console()

@@ -18,6 +18,7 @@ from penstock.bench.workload import Workload
 from penstock.core.policies.fleets import FLEETS
 from penstock.core.policies.presets import PRESETS
 from penstock.sim import chrome_trace as trace_writer
+from penstock.sim.output import STDOUT, check_targets, write_json
 from penstock.sim.simulation import Simulation, simulation_of
 from penstock.sim.spec import RunSpec, SpecError, workload_of
 
@@ -87,8 +88,9 @@ class MachineOptions:
         swap_tokens: Tokens of evicted requests whose KV is kept in host memory; the others are
             computed again.
         swap_bandwidth: Of the bus to it, in GB/s.
-        max_batch: Most requests in a step.
-        prefill_budget: Most tokens in a step; prompts are cut into chunks that fit.
+        max_batch: Most requests in a step; by default 1024, or as many as --prefill-budget.
+        prefill_budget: Most tokens in a step, at least --max-batch; prompts are cut into chunks
+            that fit.
         profile: Step times: the name of a model and GPU, or a profile's file.
         instances: Machines of this kind.
         place: How requests are placed on them: round-robin, least-outstanding, power-of-two,
@@ -120,7 +122,7 @@ class MachineOptions:
     prefix_cache: bool = False
     swap_tokens: int = 0
     swap_bandwidth: float = 25.0
-    max_batch: int = 1024
+    max_batch: int | None = None
     prefill_budget: int = 2048
     profile: str | None = None
     instances: int = 1
@@ -157,6 +159,7 @@ def simulate(
             chrome://tracing; compressed if it ends in .gz.
     """
     try:
+        check_targets(json=json, html=html, chrome_trace=chrome_trace)
         specs = specs_of(requests or RequestOptions(), machine_options or MachineOptions())
         workload = workload_of(specs[0])
         observe = html is not None or chrome_trace is not None
@@ -167,10 +170,10 @@ def simulate(
             report.simulations(done, html)
         if chrome_trace is not None:
             _trace(done, chrome_trace)
+        _report(done, workload, json)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"penstock simulate: {error}\n")
         return 2
-    _report(done, workload, json)
     return 0 if all(one.summary.finished for one in done) else 1
 
 
@@ -286,11 +289,9 @@ def _report(done: Sequence[Simulation], workload: Workload, json: str | None) ->
             "machine": machine(),
             "runs": [one.to_dict() for one in done],
         }
-        text = msgspec.json.format(msgspec.json.encode(data), indent=1)
-        if json == "-":
-            sys.stdout.write(text.decode() + "\n")
+        write_json(data, json)
+        if json == STDOUT:
             return
-        Path(json).write_bytes(text + b"\n")
     from rich.console import Console
 
     console = Console()

@@ -75,7 +75,8 @@ def simulate_spec(
     """
     if spec.pooled:
         if policy is not None or watch is not None:
-            msg = f"preset {spec.preset} with place {spec.place} cannot be watched step by step"
+            msg = f"preset {spec.preset} with place {spec.place} cannot be watched step by step; "
+            msg += "leave the report and the trace out"
             raise SpecError(msg)
         return cluster_of(spec, workload).runs()
     latency = latency_model(spec)

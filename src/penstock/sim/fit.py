@@ -40,6 +40,18 @@ def misfit(workload: Workload, room: int, cap: int | None, *, enforce_cap: bool)
     return None
 
 
+def too_short(workload: Workload) -> str | None:
+    """Name the first length below 1, by file, row and column; None if there is none."""
+    for side, lengths in (("prompt", workload.prompt), ("output", workload.output)):
+        assert lengths is not None
+        below = lengths < 1
+        if below.any():
+            index = int(below.argmax())
+            cell = _cell(workload, index, side)
+            return f"{cell} is {lengths[index]}; it must be at least 1"
+    return None
+
+
 def _cell(workload: Workload, index: int, side: str) -> str:
     origin = workload.origin
     if origin is None:

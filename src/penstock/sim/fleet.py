@@ -13,7 +13,7 @@ from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies import presets
 from penstock.core.policies.back_pressure import BackPressure
 from penstock.core.policies.dispatch import DispatchPolicy
-from penstock.core.policies.fleets import FLEETS, build_fleet
+from penstock.core.policies.fleets import FLEETS, Fleet, build_fleet
 from penstock.core.types import Capabilities, Role
 from penstock.sim.cluster import run_cluster
 from penstock.sim.cluster_run import ClusterRun
@@ -79,8 +79,7 @@ def simulate_fleet(  # noqa: PLR0913 - each is a setting of its own
     Raises:
         ValueError: an unknown name, or a value out of range; it names the parameter.
     """
-    chosen = place or (None if preset in FLEETS else "round-robin")
-    fleet = build_fleet(preset, place=chosen, seed=seed, parameters=parameters)
+    fleet = fleet_of(preset, place, seed, parameters)
     if fleet.dispatch.priced_tokens > cap:
         msg = f"slice_tokens is {fleet.dispatch.priced_tokens}; it must be at most the cap of {cap}"
         raise ValueError(msg)
@@ -102,6 +101,18 @@ def simulate_fleet(  # noqa: PLR0913 - each is a setting of its own
         stream=apart is not None and apart.stream,
         bus=bus,
     )
+
+
+def fleet_of(
+    preset: str, place: str | None, seed: int, parameters: Mapping[str, float | None]
+) -> Fleet:
+    """What to run; an instance preset is placed in turn unless a place is given.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range; it names the parameter.
+    """
+    chosen = place or (None if preset in FLEETS else "round-robin")
+    return build_fleet(preset, place=chosen, seed=seed, parameters=parameters)
 
 
 def _all_prompts_at_once(machine: Capabilities) -> Capabilities:

@@ -143,7 +143,7 @@ def observed(spec: RunSpec, workload: Workload) -> tuple[list[Run], list[Observa
     """
     watcher = _Watcher(spec, workload)
     policy = None
-    if spec.instances == 1:
+    if spec.instances == 1 and not spec.pooled:
         policy = policy_of(spec)
         policy = replace(policy, share=_Looking(policy.share, watcher.look))
         watcher.learn_from(policy)

@@ -24,7 +24,7 @@ class Pipelined:
         jobs: in order of arrival.
 
     Raises:
-        ValueError: the arrivals are not in order.
+        ValueError: an arrival is no time, or they are not in order.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def sweep_report(cells: Sequence[Cell], path: Path, show: float | None = None) -
     lines = _lines(found, varying([cell.spec for cell in cells]))
     unit = found[0].spec.load_unit
     load = _shown(found) if show is None else show
-    there = [group for group in found if group.spec.load == load]
+    there = [group for group in found if math.isclose(group.spec.load, load)]
     if not there:
         known = ", ".join(f"{x:g}" for x in sorted({group.spec.load for group in found}))
         msg = f"show is {load:g}; the sweep has the loads {known}"
@@ -83,6 +84,8 @@ def sweep_report(cells: Sequence[Cell], path: Path, show: float | None = None) -
         if cell.error is not None
     ]
     notes += _about(found[0].spec)
+    if any(group.spec.pooled for group in there):
+        notes.append("what happened over time is not drawn for runs with a dispatcher")
     if seeds > 1:
         notes.append("bands and ± are Student's 95 % intervals of the mean over seeds")
     settings = msgspec.to_builtins(found[0].spec)
@@ -286,17 +289,19 @@ def _shown(found: Sequence[Group]) -> float:
 
 
 def _at_load(there: Sequence[Group], load: float, unit: str) -> list[Section]:
-    """What happened over time at one load: its first seed, run once more, and watched."""
+    """What happened over time at one load: its first seed, run once more, and watched if it can."""
     sections, classes = [], []
-    workloads: dict[str, Workload] = {}
+    workloads: dict[bytes, Workload] = {}
     for group in there:
-        same = msgspec.structs.replace(group.spec, preset="", parameters={}).key()
-        workload = workloads.setdefault(same, workload_of(group.spec))
-        one = simulation_of(group.spec, workload, observe=True)
+        fields = msgspec.to_builtins(group.spec) | {"preset": "", "parameters": {}}
+        workload = workloads.setdefault(msgspec.json.encode(fields), workload_of(group.spec))
+        one = simulation_of(group.spec, workload, observe=not group.spec.pooled)
+        classes.append((group.spec.policy_name, one.summary.classes))
+        if group.spec.pooled:
+            continue
         part = _over_time(one)
         where = f"{load:g} {unit}, seed {group.spec.seed}"
         sections.append(Section(f"{part.title}, at {where}", part.text, part.figures))
-        classes.append((group.spec.policy_name, one.summary.classes))
     last = _classes_section(classes)
     return [*sections, Section(f"By class, at {load:g} {unit}", tables=last.tables)]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import msgspec
 
-from penstock.bench.goodput import Summary, summarize
+from penstock.bench.goodput import End, Summary, summarize
 from penstock.bench.workload import Workload
 from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Run
+
+# A window leaves its start out, and where prefill takes no time a request can end at 0.
+_JUST_BEFORE = math.nextafter(0.0, -1.0)
 
 
 class ClassResult(msgspec.Struct, frozen=True):
@@ -27,6 +31,9 @@ class RunResult(msgspec.Struct, frozen=True):
     """What came of a run; the terms are those of ``docs/bench.md``.
 
     Attributes:
+        finished: requests that completed, at the first try or a later one.
+        goodput_output_tps, goodput_total_tps, goodput_rps, throughput_output_tps: 0 if the run
+            took no time.
         evicted_ratio: evictions over finished requests.
         prefix_hits: prompt tokens found in the prefix cache, over all prompt tokens.
         memory: mean share of the KV memory in use over decode steps.
@@ -61,8 +68,10 @@ def result_of(runs: Sequence[Run], workload: Workload, wall_s: float) -> RunResu
     """Sum instances up as one system, over the whole of their time."""
     records = [record for each in runs for record in each.records]
     seconds = max(each.seconds for each in runs)
-    summary = summarize(map(attempt_of, records), 0.0, seconds)
-    finished = summary.ends.get("completed", 0)
+    attempts = [attempt_of(record) for record in records]
+    # There is no rate over no time: over an endless one it is 0.
+    summary = summarize(attempts, _JUST_BEFORE, seconds or math.inf)
+    finished = len({each.request for each in attempts if each.end is End.COMPLETED})
     evictions = sum(each.evictions for each in runs)
     steps = sum(each.decode_steps for each in runs)
     held = sum(each.memory * each.decode_steps for each in runs)

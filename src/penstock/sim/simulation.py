@@ -16,8 +16,8 @@ from penstock.sim.observe import Observation, observed
 from penstock.sim.outcome import attempt_of
 from penstock.sim.result import RunResult, result_of
 from penstock.sim.run import Run
-from penstock.sim.spec import RunSpec, check_workload, workload_of
-from penstock.sim.study import Behaviour, behaviour
+from penstock.sim.spec import RunSpec, checked_workload, workload_of
+from penstock.sim.study import Behaviour, behaviour_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -168,8 +168,7 @@ def simulate(
     spec = RunSpec(preset=preset, kv_tokens=kv_tokens, **settings)
     if workload is None:
         return simulation_of(spec, workload_of(spec))
-    check_workload(spec, workload)
-    return simulation_of(spec, workload)
+    return simulation_of(spec, checked_workload(spec, workload))
 
 
 def simulation_of(spec: RunSpec, workload: Workload, *, observe: bool = False) -> Simulation:
@@ -192,6 +191,6 @@ def simulation_of(spec: RunSpec, workload: Workload, *, observe: bool = False) -
     else:
         runs = simulate_spec(spec, workload)
     wall = time.perf_counter() - began
-    study = behaviour(runs[0], spec.kv_tokens) if spec.steps_only else None
+    study = behaviour_of(runs, spec.kv_tokens) if spec.steps_only else None
     summary = result_of(runs, workload, wall)
     return Simulation(spec, workload, tuple(runs), summary, study, tuple(seen), cluster)

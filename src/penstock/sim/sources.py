@@ -18,10 +18,14 @@ class OpenLoop:
         jobs: in order of arrival.
 
     Raises:
-        ValueError: the arrivals are not in order.
+        ValueError: an arrival is no time, or they are not in order.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if not math.isfinite(job.arrival):
+                msg = f"job {job.id} arrives at {job.arrival}; it must be a number of seconds"
+                raise ValueError(msg)
         for before, after in pairwise(jobs):
             if after.arrival < before.arrival:
                 msg = (

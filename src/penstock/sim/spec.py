@@ -24,12 +24,14 @@ from penstock.core.policies.base import Policy
 from penstock.core.policies.fleets import FLEETS
 from penstock.core.types import Capabilities, OnMiss
 from penstock.sim import profiles
-from penstock.sim.fit import misfit
-from penstock.sim.fleet import Disaggregated
+from penstock.sim.fit import misfit, too_short
+from penstock.sim.fleet import Disaggregated, fleet_of
 from penstock.sim.link import Link
 from penstock.sim.prefixes import check_prefixes, prefixes_of
 from penstock.sim.run import Job
 from penstock.sim.study import study_policy
+
+_MOST_BATCH = 1024
 
 
 class SpecError(ValueError):
@@ -58,8 +60,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             trace with ``hash_ids`` whose blocks are whole blocks here.
         swap_tokens: tokens of evicted requests whose KV is kept in host memory.
         swap_bandwidth: of the bus to it, in bytes per second.
-        max_batch: most requests in a step.
-        prefill_budget: most tokens in a step (never less than ``max_batch``).
+        max_batch: most requests in a step; None is as many as the budget has tokens, at most 1024.
+        prefill_budget: most tokens in a step, at least ``max_batch``.
         plan_every: steps from one admission pass to the next; None is the preset's.
         profile: name of the step-time profile.
         steps_only: no profile: a decode step is one second, prefill takes no time, and the cap
@@ -76,7 +78,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         stream_kv: KV crosses after each prompt chunk instead of at the end of the prefill.
         back_pressure: prompts wait while the forecast KV of all that they lead to is above so many
             times the decode instances' memory; None: never.
-        seed: of lengths, arrivals, classes and the policy's draws.
+        seed: of lengths, arrivals, classes and the policy's draws; at least 0.
     """
 
     preset: str
@@ -100,7 +102,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prefix_cache: bool = False
     swap_tokens: int = 0
     swap_bandwidth: float = 25e9
-    max_batch: int = 1024
+    max_batch: int | None = None
     prefill_budget: int = 2048
     plan_every: int | None = None
     profile: str | None = None
@@ -121,22 +123,17 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if (self.profile is None) != self.steps_only:
             msg = f"profile is {self.profile!r}; give a profile, or steps_only without one"
             raise SpecError(msg)
-        for name in ("kv_tokens", "block_size", "max_batch", "prefill_budget", "instances"):
-            value = getattr(self, name)
-            if value < 1:
-                msg = f"{name} is {value}; it must be at least 1"
-                raise SpecError(msg)
-        if self.swap_tokens < 0:
-            msg = f"swap_tokens is {self.swap_tokens}; it must be at least 0"
+        self._check_numbers()
+        if self.block_size > self.kv_tokens:
+            msg = f"block_size is {self.block_size}; it must be at most kv_tokens"
+            msg += f" ({self.kv_tokens}): a block is whole"
+            raise SpecError(msg)
+        if self.batch > self.prefill_budget:
+            msg = f"max_batch is {self.max_batch}; it must be at most prefill_budget"
+            msg += f" ({self.prefill_budget}): every running request needs a token in a step"
             raise SpecError(msg)
         if self.retries < 0 or (self.retries and self.clients is None):
             msg = f"retries is {self.retries}; it must be at least 0, and 0 in an open loop"
-            raise SpecError(msg)
-        if self.cap is not None and self.cap < 1:
-            msg = f"cap is {self.cap}; it must be at least 1 token"
-            raise SpecError(msg)
-        if not 0 < self.speed < float("inf"):
-            msg = f"speed is {self.speed}; it must be above 0"
             raise SpecError(msg)
         if self.instances > 1 and self.clients is not None and not self.pooled:
             msg = f"instances is {self.instances}; without a place, several need an open loop"
@@ -151,6 +148,21 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if self.padded and not (self.pooled and static):
             msg = "padded is for static batches: scls presets, and sls with a place; this is "
             raise SpecError(msg + self.policy_name)
+
+    def _check_numbers(self) -> None:
+        """Refuse a number that is out of range by itself."""
+        ones = ("kv_tokens", "block_size", "max_batch", "prefill_budget", "instances", "clients")
+        least = {"swap_tokens": 0, "seed": 0, "cap": 1} | dict.fromkeys(ones, 1)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                msg = f"{name} is {value}; it must be at least {bound}"
+                raise SpecError(msg)
+        for name in ("rate", "speed"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                msg = f"{name} is {value}; it must be a finite number above 0"
+                raise SpecError(msg)
 
     def _check_roles(self) -> None:
         if self.prefill < 0 or self.decode < 0 or (self.prefill > 0) != (self.decode > 0):
@@ -177,6 +189,11 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.place is not None or self.preset in FLEETS or self.prefill > 0
 
     @property
+    def batch(self) -> int:
+        """Most requests in a step."""
+        return min(_MOST_BATCH, self.prefill_budget) if self.max_batch is None else self.max_batch
+
+    @property
     def machines(self) -> int | Disaggregated:
         """How many instances, or how many for what."""
         if not self.prefill:
@@ -195,7 +212,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Clients, requests per second, or the speed at which a trace is replayed."""
         if self.clients is not None:
             return self.clients
-        return self.speed if self.rate is None else self.rate
+        return self.speed if self.rate is None else self.rate * self.speed
 
     @property
     def load_unit(self) -> str:
@@ -237,20 +254,28 @@ def workload_of(spec: RunSpec) -> Workload:
     )
     load = LoadOptions(clients=spec.clients, rate=spec.rate, arrivals=spec.arrivals)
     made = build_workload(options, load).with_classes(parse_slo(spec.slo), spec.seed)
-    check_workload(spec, made)
-    if spec.cap is not None and not spec.steps_only and made.output is not None:
-        cut = int((made.output > spec.cap).sum())
-        if cut:
-            made = replace(made, notes=(*made.notes, f"{cut} outputs cut at the cap of {spec.cap}"))
-    return made
+    return checked_workload(spec, made)
 
 
-def check_workload(spec: RunSpec, made: Workload) -> None:
-    """Refuse what cannot be simulated.
+def checked_workload(spec: RunSpec, made: Workload) -> Workload:
+    """A workload that can be simulated, with a note on the outputs that its cap cuts.
 
     Raises:
-        SpecError: no output lengths, a trace out of order, or a request that can never fit.
+        SpecError: no requests or no output lengths, a length below 1, a trace out of order, or a
+            request that can never fit.
     """
+    _check_workload(spec, made)
+    if spec.cap is None or spec.steps_only or made.output is None:
+        return made
+    cut = int((made.output > spec.cap).sum())
+    note = f"{cut} outputs cut at the cap of {spec.cap}"
+    return replace(made, notes=(*made.notes, note)) if cut else made
+
+
+def _check_workload(spec: RunSpec, made: Workload) -> None:
+    if not len(made):
+        msg = f"{made.source}: the workload has 0 requests; it must have at least 1"
+        raise SpecError(msg)
     if made.output is None:
         msg = "output is 'model'; a simulation needs output lengths"
         raise SpecError(msg)
@@ -259,6 +284,9 @@ def check_workload(spec: RunSpec, made: Workload) -> None:
             file = spec.trace if made.origin is None else made.origin.path
             msg = f"{file}: rows are not in order of time: {note.removeprefix(SORTED)[2:]}"
             raise SpecError(msg)
+    short = too_short(made)
+    if short is not None:
+        raise SpecError(short)
     if spec.prefix_cache:
         check_prefixes(made, spec.block_size, spec.scale)
     room = min(spec.kv_tokens, capabilities_of(spec).kv_tokens)
@@ -285,10 +313,10 @@ def jobs_of(spec: RunSpec, workload: Workload) -> list[Job]:
 def capabilities_of(spec: RunSpec) -> Capabilities:
     """The machine that is simulated."""
     return Capabilities(
-        kv_blocks=max(1, spec.kv_tokens // spec.block_size),
+        kv_blocks=spec.kv_tokens // spec.block_size,
         block_size=spec.block_size,
-        max_batch=spec.max_batch,
-        max_step_tokens=max(spec.prefill_budget, spec.max_batch),
+        max_batch=spec.batch,
+        max_step_tokens=spec.prefill_budget,
         max_request_tokens=spec.kv_tokens + 1,
         prefix_cache=spec.prefix_cache,
         swap_tokens=spec.swap_tokens,
@@ -296,16 +324,25 @@ def capabilities_of(spec: RunSpec) -> Capabilities:
 
 
 def policy_of(spec: RunSpec) -> Policy:
-    """Its policy, fresh.
+    """Its policy, fresh; that of each instance, if a dispatcher stands before them.
 
     Raises:
-        ValueError: an unknown preset, or a parameter that it does not have or cannot take.
+        ValueError: an unknown preset or place, or a parameter that the preset does not have or
+            cannot take.
     """
     parameters: dict[str, Any] = dict(spec.parameters)
     for name in ("order", "period", "seed", "token_budget"):
         if name in parameters:
             msg = f"parameters has {name!r}, which is no parameter of a preset"
             raise SpecError(msg)
+    if spec.preset not in presets.PRESETS and spec.preset not in FLEETS:
+        known = ", ".join((*presets.PRESETS, *FLEETS))
+        msg = f"preset {spec.preset!r} is unknown; known are: {known}"
+        raise SpecError(msg)
+    if spec.pooled:
+        fleet = fleet_of(spec.preset, spec.place, spec.seed, spec.parameters)
+        options: dict[str, Any] = dict(fleet.parameters)
+        return presets.build(fleet.preset, seed=spec.seed, **options)
     build = study_policy if spec.steps_only else presets.build
     return build(spec.preset, seed=spec.seed, period=spec.plan_every, **parameters)
 

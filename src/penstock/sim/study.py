@@ -40,7 +40,7 @@ class Behaviour:
     """What the study counts, until nobody waits any more.
 
     Attributes:
-        decode_steps: steps in which someone decoded.
+        decode_steps: steps in which someone decoded, of all instances.
         memory: mean share of the KV memory in use over those.
         peak: mean true future peak over those, as a share of the capacity: the memory that the
             running requests would need at most if each ran to its true end and nobody joined.
@@ -206,6 +206,21 @@ def count_bounces(run: Run, policy: Policy) -> Run:
         for record in run.records
     ]
     return replace(run, records=records, evictions=run.evictions + bounced.total())
+
+
+def behaviour_of(runs: Sequence[Run], kv_tokens: int) -> Behaviour:
+    """The study's numbers of instances: steps in all, and means over all of those.
+
+    Args:
+        runs: of each instance, with steps as the unit of time.
+        kv_tokens: of each.
+    """
+    parts = [behaviour(run, kv_tokens) for run in runs]
+    steps = sum(part.decode_steps for part in parts)
+    if len(parts) == 1 or not steps:
+        return parts[0]
+    memory = sum(part.decode_steps * part.memory for part in parts) / steps
+    return Behaviour(steps, memory, sum(p.decode_steps * p.peak for p in parts) / steps)
 
 
 def behaviour(run: Run, kv_tokens: int) -> Behaviour:

@@ -19,6 +19,7 @@ from penstock.bench.result import command_line, machine, seconds, share
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid, parse_axes
 from penstock.sim.interval import Interval
+from penstock.sim.output import STDOUT, check_targets, write_json
 from penstock.sim.parallel import default_workers, outcomes
 from penstock.sim.sweep import Cell, Group, Runner, frame, groups, sweep, varying
 
@@ -85,7 +86,9 @@ def sweep_command(
             parse_axes(runs.over or []),
         )  # fmt: skip
         run = _runner(runs)
-        with _progress(len(specs), quiet=runs.json == "-") as on_cell:
+        runs.out.mkdir(parents=True, exist_ok=True)  # the other targets may lie in it
+        check_targets(json=runs.json, html=runs.html)
+        with _progress(len(specs), quiet=runs.json == STDOUT) as on_cell:
             cells = sweep(specs, runs.out, run, fresh=runs.fresh, on_cell=on_cell)
         _write(cells, runs)
     except (ValueError, OSError) as error:
@@ -150,18 +153,17 @@ def to_dict(cells: Sequence[Cell]) -> dict[str, object]:
 
 
 def _write(cells: Sequence[Cell], runs: GridOptions) -> None:
-    text = msgspec.json.format(msgspec.json.encode(to_dict(cells)), indent=1) + b"\n"
-    (runs.out / "sweep.json").write_bytes(text)
+    data = to_dict(cells)
+    write_json(data, str(runs.out / "sweep.json"))
     frame(cells).write_parquet(runs.out / "sweep.parquet")
     if runs.html is not None:
         from penstock.sim import report
 
         report.sweep_report(cells, runs.html, runs.show)
-    if runs.json == "-":
-        sys.stdout.write(text.decode())
-        return
     if runs.json is not None:
-        Path(runs.json).write_bytes(text)
+        write_json(data, runs.json)
+    if runs.json == STDOUT:
+        return
     from rich.console import Console
 
     console = Console()

@@ -17,6 +17,7 @@ from penstock.sim import profiles
 from penstock.sim.layer_counts import depths, layers_of
 from penstock.sim.layer_table import read_layer_table
 from penstock.sim.measured import MeasuredRequest, places_seen, read_meta, read_requests
+from penstock.sim.output import STDOUT, check_targets, write_json
 from penstock.sim.validate import Hosted, Server, Validation, validate
 
 SCHEMA = 1
@@ -78,14 +79,15 @@ def validate_command(
         json: Write all numbers to this file; - writes only JSON to standard output.
     """
     try:
+        check_targets(json=json)
         requests, meta = read_requests(run), read_meta(run)
         machine_ = server_of(server, meta, places_seen(requests[:calibrate_on]))
         model, layers = _model(profile, server, meta, run, (requests, machine_, calibrate_on))
         done = validate(requests, machine_, model, calibrate_on)
+        _report(done, run, profile, layers, json)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"penstock validate: {error}\n")
         return 2
-    _report(done, run, profile, layers, json)
     return 0
 
 
@@ -183,11 +185,9 @@ def _report(
             "machine": machine(),
             **msgspec.to_builtins(done),
         }
-        text = msgspec.json.format(msgspec.json.encode(data), indent=1)
-        if json == "-":
-            sys.stdout.write(text.decode() + "\n")
+        write_json(data, json)
+        if json == STDOUT:
             return
-        Path(json).write_bytes(text + b"\n")
     from rich.console import Console
     from rich.table import Table
 
