@@ -16,7 +16,6 @@ from penstock.core.types import (
     SLO,
     Capabilities,
     FinishReason,
-    OnMiss,
     RequestError,
     StepPlan,
     StepResult,
@@ -114,7 +113,7 @@ def test_each_prompt_may_have_its_own_parameters() -> None:
 
 @pytest.mark.parametrize(
     ("bad", "max_tokens", "field"),
-    [([1] * 600, None, "max_tokens"), ([1] * 10, 1000, "max_tokens"), ([VOCAB], 5, "prompt")],
+    [([1] * 600, None, "prompts"), ([1] * 10, 1000, "max_tokens"), ([VOCAB], 5, "prompt")],
 )
 def test_a_bad_prompt_takes_the_whole_call_back(
     bad: list[int], max_tokens: int | None, field: str
@@ -125,6 +124,68 @@ def test_a_bad_prompt_takes_the_whole_call_back(
     assert refused.value.field == field
     assert idle(llm)
     assert len(llm.generate([[1, 2]], max_tokens=4)[0].token_ids) >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "words"),
+    [
+        ({"prompts": 5}, "prompts", "prompts is 5"),
+        ({"prompts": None}, "prompts", "prompts is None"),
+        ({"prompts": b"abc"}, "prompts", "a text, texts, or"),
+        ({"prompts": [1, 2, 3]}, "prompts", r"prompts\[0\] is 1"),
+        ({"prompts": [["a"]]}, "prompts", "token ids"),
+        ({"prompts": [[1.5]]}, "prompts", "token ids"),
+        ({"prompts": [[-1]]}, "prompts", "at least 0"),
+        ({"prompts": [[10**30]]}, "prompts", "token ids"),
+        ({"prompts": [[]]}, "prompts", "at least one"),
+        ({"sampling": {}}, "sampling", "SamplingParams"),
+        ({"sampling": [GREEDY, {}]}, "sampling", "SamplingParams"),
+        ({"max_tokens": 2.5}, "max_tokens", "2.5"),
+        ({"max_tokens": True}, "max_tokens", "True"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": [3, "3"]}, "max_tokens", "'3'"),
+        ({"max_tokens": [3, None]}, "max_tokens", "None"),
+        ({"stop": 5}, "stop", "a text or a list"),
+        ({"stop": [5]}, "stop", "a text or a list"),
+        ({"stop": ""}, "stop", "none of them empty"),
+        ({"slo": {"ttft": 1}}, "slo", "SLO"),
+        ({"slo": 0.5}, "slo", "SLO"),
+        ({"on_miss": "nope"}, "on_miss", "keep, demote, expire"),
+        ({"on_miss": None}, "on_miss", "keep, demote, expire"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_runs(
+    arguments: dict[str, object], field: str, words: str
+) -> None:
+    llm = scripted()
+    with pytest.raises(RequestError, match=words) as refused:
+        llm.generate(**{"prompts": [[1, 2], [3]], "max_tokens": 5, **arguments})
+    assert refused.value.field == field
+    assert llm.runtime.scheduler.stats(0.0).plans == 0
+    assert len(llm.generate([[1, 2]], max_tokens=4)) == 1
+
+
+@pytest.mark.parametrize("messages", [{"role": "user"}, "hi", 5, [], [[]], ["hi"], [5]])
+def test_what_is_no_chat_is_named(messages: object) -> None:
+    with pytest.raises(RequestError, match="role and content") as refused:
+        scripted().chat(messages)
+    assert refused.value.field == "messages"
+
+
+def test_after_a_step_that_broke_off_it_is_closed_and_says_why() -> None:
+    class Breaking(ScriptedEngine):
+        def collect(self, ticket: Ticket) -> StepResult:
+            if ticket.number == 3:
+                msg = "no more memory"
+                raise RuntimeError(msg)
+            return super().collect(ticket)
+
+    llm = LLM(engine=Breaking(capabilities(), vocab_size=VOCAB, mean_length=10_000))
+    with pytest.raises(RuntimeError, match="no more memory"):
+        llm.generate([[1, 2]], max_tokens=50)
+    with pytest.raises(ValueError, match=r"closed, since a step broke off: .*no more memory"):
+        llm.generate([[1, 2]], max_tokens=50)
+    llm.close()
 
 
 def test_the_default_cap_is_what_the_context_leaves() -> None:
@@ -172,7 +233,7 @@ def test_an_expired_request_is_not_a_completion_of_full_length() -> None:
     engine = Slow(capabilities(max_batch=1), vocab_size=VOCAB, mean_length=10_000)
     llm = LLM(engine=engine, preset="vllm")
     kept, late = llm.generate(
-        [[1], [2]], max_tokens=[20, 20], slo=[SLO(), SLO(ttft=0.05)], on_miss=OnMiss.EXPIRE
+        [[1], [2]], max_tokens=[20, 20], slo=[SLO(), SLO(ttft=0.05)], on_miss="expire"
     )
     assert kept.finish_reason is FinishReason.LENGTH
     assert late.finish_reason is FinishReason.EXPIRED
@@ -195,6 +256,8 @@ def test_what_a_model_may_be() -> None:
         LLM("nowhere")
     with pytest.raises(ValueError, match="preset"):
         LLM("demo", preset="best")
+    with pytest.raises(ValueError, match="preset is 5"):
+        LLM("demo", preset=5)
     with pytest.raises(ValueError, match="max_batch is an option of the native engine"):
         LLM("demo", engine=ScriptedEngine(capabilities()), max_batch=3)
 

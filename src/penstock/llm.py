@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 from penstock.core.engine import Engine, Work
 from penstock.core.memory import prefix_keys
@@ -19,13 +19,22 @@ from penstock.core.policies.base import Policy
 from penstock.core.runtime import Runtime, StepOutput
 from penstock.core.sampling import SamplingParams
 from penstock.core.scheduler import Scheduler
-from penstock.core.types import SLO, Ended, FinishReason, OnMiss, Request, RequestId, Token
+from penstock.core.types import (
+    SLO,
+    Ended,
+    FinishReason,
+    OnMiss,
+    Request,
+    RequestError,
+    RequestId,
+    Token,
+)
+from penstock.llm_input import caps_of, chats_of, each, on_miss_of, prompts_of, stops_of
 from penstock.models import model_path
 from penstock.text import TextStream, load_tokenizer
 from penstock.text.chat import Message
 
 DEFAULT_MAX_TOKENS = 256
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +140,7 @@ class LLM:
         engine: Engine | None = None,
         **engine_options: Any,
     ) -> None:
-        policy = presets.build(preset) if isinstance(preset, str) else preset
+        policy = _policy(preset)
         folder = model_path(model)
         self.tokenizer = load_tokenizer(folder)
         if engine is None:
@@ -142,7 +151,7 @@ class LLM:
         self.runtime = Runtime(Scheduler(engine.capabilities, policy), engine, time.perf_counter)
         self._outputs: dict[RequestId, _Output] = {}
         self._added = 0
-        self._closed = False
+        self._closed = ""
 
     def generate(
         self,
@@ -152,7 +161,7 @@ class LLM:
         max_tokens: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
         slo: SLO | Sequence[SLO] | None = None,
-        on_miss: OnMiss = OnMiss.KEEP,
+        on_miss: OnMiss | str = OnMiss.KEEP,
     ) -> list[Completion]:
         """Complete prompts, all of them at once, and return the outputs in their order.
 
@@ -168,15 +177,11 @@ class LLM:
         Raises:
             RequestError: a prompt or parameter cannot be served; names the field.  Nothing
                 of this call is left behind.
-            ValueError: a list is not as long as ``prompts``, or this object is closed.
+            ValueError: this object is closed.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        encoded = [
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            for prompt in prompts
-        ]
-        streams = [self._stream(stop, prompt) for prompt in encoded]
+        stops = stops_of(stop)
+        encoded = prompts_of(prompts, self.tokenizer)
+        streams = [TextStream(self.tokenizer, stop=stops, prompt=prompt) for prompt in encoded]
         return self._run(encoded, streams, sampling, max_tokens, slo, on_miss)
 
     def chat(
@@ -187,7 +192,7 @@ class LLM:
         max_tokens: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
         slo: SLO | Sequence[SLO] | None = None,
-        on_miss: OnMiss = OnMiss.KEEP,
+        on_miss: OnMiss | str = OnMiss.KEEP,
     ) -> list[Completion]:
         """Answer one chat, or several at once; otherwise as :meth:`generate`.
 
@@ -203,16 +208,18 @@ class LLM:
             RequestError: as for :meth:`generate`, and if the model has no chat template.
             ValueError: as for :meth:`generate`.
         """
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        chats = cast("Sequence[Sequence[Message]]", messages if several else [messages])
-        encoded = [self.tokenizer.apply_chat_template(chat) for chat in chats]
-        streams = [self._stream(stop, ()) for _ in encoded]
+        stops = stops_of(stop)
+        encoded = [self.tokenizer.apply_chat_template(chat) for chat in chats_of(messages)]
+        streams = [TextStream(self.tokenizer, stop=stops) for _ in encoded]
         return self._run(encoded, streams, sampling, max_tokens, slo, on_miss)
 
     def close(self) -> None:
         """Give the engine's memory back.  Idempotent."""
+        self._close("this LLM is closed")
+
+    def _close(self, why: str) -> None:
         if not self._closed:
-            self._closed = True
+            self._closed = why
             self.runtime.engine.close()
 
     def __enter__(self) -> Self:
@@ -226,29 +233,26 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _stream(self, stop: str | Sequence[str], prompt: Sequence[int]) -> TextStream:
-        stops = [stop] if isinstance(stop, str) else stop
-        return TextStream(self.tokenizer, stop=stops, prompt=prompt)
-
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
         streams: Sequence[TextStream],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        max_tokens: int | Sequence[int] | None,
-        slo: SLO | Sequence[SLO] | None,
-        on_miss: OnMiss,
+        sampling: object,
+        max_tokens: object,
+        slo: object,
+        on_miss: object,
     ) -> list[Completion]:
         if self._closed:
-            msg = "this LLM is closed"
-            raise ValueError(msg)
+            raise ValueError(self._closed)
         count = len(prompts)
-        samplings = _each("sampling", SamplingParams() if sampling is None else sampling, count)
-        slos = _each("slo", SLO() if slo is None else slo, count)
+        given = SamplingParams() if sampling is None else sampling
+        samplings = each("sampling", given, SamplingParams, count)
+        slos = each("slo", SLO() if slo is None else slo, SLO, count)
+        miss = on_miss_of(on_miss)
         caps = (
             [self._default_cap(prompt) for prompt in prompts]
             if max_tokens is None
-            else _each("max_tokens", max_tokens, count)
+            else caps_of(max_tokens, count)
         )
         outputs: list[_Output] = []
         with _deferred_interrupt() as interrupts:
@@ -258,18 +262,22 @@ class LLM:
                 ):
                     silent = frozenset((*self.tokenizer.eos_ids, *one.stop_token_ids))
                     output = _Output(prompt, one, text, silent, time.perf_counter())
-                    self._add(output, cap, promise, on_miss)
+                    self._add(output, cap, promise, miss)
                     outputs.append(output)
             except ValueError:
                 self._cancel_all()
                 raise
             finally:
-                self._turn_until_idle(interrupts)
+                self._turn_or_close(interrupts)
         return [cast("Completion", output.completion) for output in outputs]
 
     def _default_cap(self, prompt: Sequence[int]) -> int:
-        room = self.runtime.engine.capabilities.max_request_tokens - len(prompt)
-        return max(1, min(DEFAULT_MAX_TOKENS, room))
+        capabilities = self.runtime.engine.capabilities
+        limit = min(capabilities.max_request_tokens, capabilities.kv_tokens)
+        if len(prompt) >= limit:
+            msg = f"a prompt has {len(prompt)} tokens; context and KV memory take below {limit}"
+            raise RequestError("prompts", msg)
+        return min(DEFAULT_MAX_TOKENS, limit - len(prompt))
 
     def _add(self, output: _Output, cap: int, slo: SLO, on_miss: OnMiss) -> None:
         capabilities = self.runtime.engine.capabilities
@@ -289,6 +297,15 @@ class LLM:
         )
         self.runtime.add(request, Work(output.prompt, output.sampling))
         self._outputs[request_id] = output
+
+    def _turn_or_close(self, interrupts: Sequence[int]) -> None:
+        """Turn until idle; after a step that broke off, scheduler and engine disagree for good."""
+        try:
+            self._turn_until_idle(interrupts)
+        except BaseException as error:
+            self._outputs.clear()
+            self._close(f"this LLM is closed, since a step broke off: {error!r}")
+            raise
 
     def _turn_until_idle(self, interrupts: Sequence[int]) -> None:
         while (step := self.runtime.step()) is not None:
@@ -354,11 +371,10 @@ def _native_engine(folder: Path, options: Mapping[str, Any]) -> Engine:
     return NativeEngine.load(str(folder), **options)
 
 
-def _each(name: str, value: _T | Sequence[_T], count: int) -> Sequence[_T]:
-    """The values for all prompts: a sequence as it is, anything else as often as needed."""
-    if not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        msg = f"{name} has {len(value)} entries for {count} prompts; give one for all, or one each"
-        raise ValueError(msg)
-    return value
+def _policy(preset: object) -> Policy:
+    if isinstance(preset, Policy):
+        return preset
+    if not isinstance(preset, str):
+        msg = f"preset is {preset!r}; it must be a preset's name, or a Policy made of one"
+        raise ValueError(msg)  # noqa: TRY004 - as for a name that is unknown
+    return presets.build(preset)

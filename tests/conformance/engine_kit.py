@@ -304,6 +304,25 @@ def swaps_an_evicted_request(engine: Engine) -> None:
     desk.engine.discard("ends")
 
 
+def needs_no_swapped_kv_of_what_others_share_by_then(engine: Engine) -> None:
+    """Evicted in mid-prompt with KV of 5 tokens; meanwhile another published 8 of the same."""
+    desk = Desk(engine)
+    whole, size, keys = _undisturbed(desk), len(PROMPT), prefix_keys(PROMPT, BLOCK)
+    desk.open("out", PROMPT, 9)
+    desk.step(starts=[Start("out", size, ())], chunks=[Chunk("out", 0, 5, samples=False)])
+    desk.step(drops=[Drop("out", final=False, swapped=5)])
+    desk.open("other", PROMPT, 2)
+    desk.enter("other", publish=True)
+    start = len(keys) * BLOCK
+    assert start > 5
+    desk.step(
+        starts=[Start("out", size, keys, 5)],
+        chunks=[Chunk("out", start, size - start, samples=True)],
+    )
+    desk.finish("out")
+    assert desk.texts["out"] == whole
+
+
 def goes_on_with_what_came_elsewhere(engine: Engine) -> None:
     desk = Desk(engine)
     whole = _undisturbed(desk)
@@ -478,6 +497,7 @@ CHECKS: tuple[Callable[[Engine], None], ...] = (
     mixes_prefill_and_decode,
     recomputes_after_an_eviction,
     swaps_an_evicted_request,
+    needs_no_swapped_kv_of_what_others_share_by_then,
     goes_on_with_what_came_elsewhere,
     hands_its_kv_over,
     hands_its_kv_over_in_parts,

@@ -118,6 +118,23 @@ def test_ids_are_the_same_object_until_someone_joins_or_leaves() -> None:
     assert list(members.ids) == ["1"]
 
 
+def test_nothing_is_kept_of_those_who_left() -> None:
+    """By a cap or before it: a server takes in requests for weeks."""
+    members = DecodeSet(4)
+    for seq in range(300):
+        one = member(members, seq, 5, 1, cap=1000 if seq % 2 else 4)
+        members.join(one.entry)
+        for _ in range(5):
+            if one.entry in members.tick():
+                break
+        members.leave(one.entry)
+    assert not members._capped
+    assert len(members._cap_ticks) <= 150, "those whose ticks are still to come"
+    while members.ticks < 2500:
+        members.tick()
+    assert not members._cap_ticks
+
+
 def test_more_members_than_the_first_columns_hold() -> None:
     members = DecodeSet(1)
     for seq in range(200):

@@ -167,6 +167,9 @@ class DecodeSet:
     def tick(self) -> list[Entry]:
         """One token for everyone; returns those that reached their cap with it."""
         self.ticks += 1
+        heap = self._cap_ticks
+        while heap and heap[0] <= self.ticks:
+            heappop(heap)
         capped = self._capped.pop(self.ticks, None)
         return list(capped) if capped else []
 
@@ -197,9 +200,12 @@ class DecodeSet:
         self._rows.remove(row)
         self._crossing[self._residue(entry)] -= 1
         # Those that a tick has just returned have no bucket any more.
-        bucket = self._capped.get(entry.request.cap - entry.base)
+        tick = entry.request.cap - entry.base
+        bucket = self._capped.get(tick)
         if bucket is not None:
             bucket.pop(entry, None)
+            if not bucket:
+                del self._capped[tick]
         entry.generated = entry.base + self.ticks
         entry.computed = entry.request.prompt_tokens + entry.generated - 1
         holding = entry.holding

@@ -172,6 +172,9 @@ class Scheduler:
         draft = Draft(now, books.leaving.drops, split.prefill)
         books.leaving.drops = []
         decodes = split.decode and self._make_room(draft)
+        if decodes:  # some more perhaps than the policy saw: an eviction ends a pause
+            room = self.capabilities.max_step_tokens - len(books.decode)
+            draft.prefill_left = min(draft.prefill_left, room)
         if self.policy.rank is not None:
             order = ranked(books, self.policy.rank, now)
             rejected = self._admission.run_ranked(draft, order)

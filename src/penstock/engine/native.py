@@ -29,6 +29,7 @@ from penstock.engine.loading import LoadedModel, load_model
 from penstock.engine.rows import Ints, Rows, Tokens
 from penstock.engine.runner import Runner
 from penstock.engine.sampler import Sampler
+from penstock.engine.sizing import check_settings
 from penstock.engine.steps import Step, Steps
 
 
@@ -111,6 +112,7 @@ class NativeEngine:
             CheckpointError, UnsupportedModelError: the model cannot be loaded, or not be run.
             ValueError: a setting is out of range.
         """
+        check_settings(block_size, threads, memory_share)
         if threads is not None:
             torch.set_num_threads(threads)
         loaded = load_model(model, dtype=dtype, device=device)
@@ -302,11 +304,11 @@ class NativeEngine:
             msg = f"request {request_id} starts with KV of {tokens} tokens; it brings {there}"
             raise PlanError(msg)
         opened.work = opened.work._replace(kv=None)
-        row = self._rows.row(request_id)
-        start, blocks = self._rows.bring(row, tokens)
-        # A lost shared block was to be its beginning; what it brings has that too.
-        self._broken.pop(request_id, None)
-        handoff.bring_in(self._runner.layers, blocks, start, tokens, kv)
+        start, blocks = self._rows.bring(self._rows.row(request_id), tokens)
+        if start < tokens:  # others may have shared more meanwhile than it brings
+            # A lost shared block was to be its beginning; what it brings has that too.
+            self._broken.pop(request_id, None)
+            handoff.bring_in(self._runner.layers, blocks, start, tokens, kv)
 
     def _check_kv(self, kv: KV, tokens: int) -> None:
         if not isinstance(kv, LayerKV):

@@ -19,6 +19,21 @@ _CGROUP_FILES = (
 )
 
 
+def check_settings(block_size: int, threads: int | None, memory_share: float) -> None:
+    """Refuse what no engine could be made with, before a model is loaded.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    for name, value in (("block_size", block_size), ("threads", threads)):
+        if value is not None and value < 1:
+            msg = f"{name} is {value}; it must be at least 1"
+            raise ValueError(msg)
+    if not 0 < memory_share <= 1:
+        msg = f"memory_share is {memory_share}; it must be above 0 and at most 1"
+        raise ValueError(msg)
+
+
 def default_kv_tokens(
     device: torch.device, bytes_per_token: int, most: int, share: float = 1.0
 ) -> int:

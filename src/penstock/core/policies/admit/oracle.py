@@ -4,7 +4,8 @@ Problem: how much is lost by not knowing?
 Source: the "theoretical optimum" of the Past-Future paper (arXiv 2507.10150).
 Rule: Past-Future's peak with every request's true output length and no reserve.
 Limits: needs the future.  Only benchmarks that know it can run this, and no result of
-it may be compared as if it were a policy.
+it may be compared as if it were a policy.  With a prefix cache its peak is not exact, see
+:mod:`penstock.core.policies.admit.past_future`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ needs to be drawn: no forecast exceeds them.  A refusal holds for 10 decode step
 given back before: to draw anew in every step would admit by luck sooner or later.
 
 Limits: a forecast is no reservation, so evictions stay possible; it relies on lengths
-that change slowly; it knows nothing of deadlines.
+that change slowly; it knows nothing of deadlines.  Blocks of a prefix that a candidate shares with
+one request count as that request's, and so as free once it has ended, until the next pass.
 """
 
 from __future__ import annotations
