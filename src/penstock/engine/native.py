@@ -118,15 +118,10 @@ class NativeEngine:
         loaded = load_model(model, dtype=dtype, device=device)
         capabilities = plan_capabilities(
             loaded,
-            kv_tokens=kv_tokens,
-            block_size=block_size,
-            max_batch=max_batch,
-            max_step_tokens=max_step_tokens,
-            max_request_tokens=max_request_tokens,
-            prefix_cache=prefix_cache,
-            swap_tokens=swap_tokens,
-            memory_share=memory_share,
-        )
+            kv_tokens=kv_tokens, block_size=block_size, max_batch=max_batch,
+            max_step_tokens=max_step_tokens, max_request_tokens=max_request_tokens,
+            prefix_cache=prefix_cache, swap_tokens=swap_tokens, memory_share=memory_share,
+        )  # fmt: skip
         return cls(loaded, capabilities, kv_on_device=kv_on_device)
 
     @property
