@@ -42,6 +42,19 @@ def test_they_come_in_the_order_of_their_time() -> None:
     assert [name for name, _ in names(deadlines.due(99.0))] == ["r1", "r3", "r2", "r0"]
 
 
+def test_those_who_have_ended_are_not_kept_until_their_deadline() -> None:
+    deadlines = Deadlines()
+    open_ = [entry(SLO(e2e=3600.0), seq=seq) for seq in range(100)]
+    for one in open_:
+        deadlines.arrived(one)
+    for seq in range(100, 5000):
+        ended = entry(SLO(e2e=3600.0), seq=seq)
+        deadlines.arrived(ended)
+        ended.state = State.ENDED
+    assert len(deadlines._heap) <= 2 * 100 + 1
+    assert [name for name, _ in names(deadlines.due(1e9))] == [f"r{one.seq}" for one in open_]
+
+
 def test_keep_sets_no_deadlines() -> None:
     deadlines = Deadlines()
     kept = entry(SLO(ttft=1.0, gap=1.0, e2e=1.0), on_miss=OnMiss.KEEP)

@@ -11,6 +11,8 @@ from penstock.core.entry import Entry
 from penstock.core.lifecycle import State
 from penstock.core.types import OnMiss
 
+_FEW = 64
+
 
 class Promise(StrEnum):
     """The promise that a deadline belongs to."""
@@ -39,6 +41,7 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Promise, int, Entry]] = []
+        self._most = _FEW
 
     def arrived(self, entry: Entry) -> None:
         """Set the deadlines that count from the arrival."""
@@ -75,6 +78,11 @@ class Deadlines:
         return misses
 
     def _push(self, at: float, promise: Promise, entry: Entry) -> None:
+        # Most requests end long before their deadlines, which would keep all of them for so long.
+        if len(self._heap) >= self._most:
+            self._heap = [each for each in self._heap if _unmet(each[4], each[2], each[3])]
+            heapq.heapify(self._heap)
+            self._most = max(_FEW, 2 * len(self._heap))
         heapq.heappush(self._heap, (at, entry.seq, promise, entry.evictions, entry))
 
 
