@@ -108,6 +108,7 @@ INPUT = ("--input", "5")
         ((*LOOP, *INPUT, "--retries", -1), "retries is -1"),
         ((*LOOP, *INPUT, "--patience", 0), "patience is 0.0"),
         ((*LOOP, *INPUT, "--duration", 1, "--warmup", 2), "warmup is 2.0 s"),
+        ((*LOOP, *INPUT, "--warmup", "nan"), "warmup is nan s"),
         ((*LOOP, *INPUT, "--url", "localhost"), "url is 'localhost'"),
         ((*LOOP, "--lengths", "gpt"), "lengths is 'gpt'"),
         (("--clients", 0, *INPUT), "clients is 0"),

@@ -180,6 +180,16 @@ HUGE = "column 'completion_tokens' is 1000"
             lines({**M0, "hash_ids": [1, "x"]}),
             "row 1 (line 1), column 'hash_ids' is [1, 'x']",
         ),
+        (
+            "m.jsonl",
+            lines({**M0, "hash_ids": [1, -2]}),
+            "row 1 (line 1), column 'hash_ids' is [1, -2]",
+        ),
+        (
+            "m.jsonl",
+            lines({**M0, "hash_ids": [1 << 50]}),
+            "a list of whole numbers from 0",
+        ),
         ("m.jsonl", "", "has no rows"),
         # ShareGPT-o1
         ("m.json", "[1]", "row 1 is 1; it must be a JSON object"),

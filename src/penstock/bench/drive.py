@@ -211,10 +211,10 @@ class Run:
             return End.REFUSED, str(error), error.retry_after or _PAUSE
         except client.ExpiredError as error:
             return End.EXPIRED, str(error), 0.0
-        except TimeoutError as error:
+        except TimeoutError:
             if limit.expired():
                 return End.ABANDONED, "", 0.0
-            return End.ERROR, f"no end within {self.target.timeout:g} s: {error}", _PAUSE
+            return End.ERROR, f"no end within {self.target.timeout:g} s", _PAUSE
         except (client.ServerError, aiohttp.ClientError) as error:
             return End.ERROR, f"{type(error).__name__}: {error}", _PAUSE
         return End.COMPLETED, "", 0.0

@@ -42,7 +42,9 @@ class Load:
             if value is not None and not 0 < value < float("inf"):
                 msg = f"{name} is {value}; it must be above 0"
                 raise ValueError(msg)
-        if self.warmup < 0 or (self.duration is not None and self.warmup >= self.duration):
+        if not 0 <= self.warmup < float("inf") or (
+            self.duration is not None and self.warmup >= self.duration
+        ):
             msg = f"warmup is {self.warmup} s; it must be at least 0 and below the duration"
             raise ValueError(msg)
 

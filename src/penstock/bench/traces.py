@@ -327,11 +327,16 @@ def _date_times(frame: pl.DataFrame, column: str) -> Floats:
     return nanoseconds.fill_null(np.nan).to_numpy() * 1e-9
 
 
+_MOST_HASHES = 1 << 48
+
+
 def _hash_ids(table: _Table) -> tuple[tuple[int, ...], ...]:
     rows = []
     for row, value in enumerate(table.frame["hash_ids"].to_list()):
-        if not isinstance(value, list) or not all(type(i) is int for i in value):
-            table.refuse(row, "hash_ids", "a list of whole numbers")
+        if not isinstance(value, list) or not all(
+            type(i) is int and 0 <= i < _MOST_HASHES for i in value
+        ):
+            table.refuse(row, "hash_ids", f"a list of whole numbers from 0, below {_MOST_HASHES}")
         rows.append(tuple(value))
     return tuple(rows)
 
