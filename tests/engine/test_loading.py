@@ -15,6 +15,7 @@ from penstock.engine import (
     CheckpointError,
     NativeEngine,
     UnsupportedModelError,
+    kernels,
     load_model,
     load_random,
 )
@@ -190,16 +191,29 @@ def test_model_that_looks_into_its_linear_layers() -> None:
 @pytest.mark.parametrize(
     ("declared", "device", "expected"),
     [
-        (torch.bfloat16, "cpu", torch.bfloat16),
         (torch.float16, "cpu", torch.float32),
         (torch.float16, "cuda", torch.float16),
-        ("bfloat16", "cpu", torch.bfloat16),
+        (torch.bfloat16, "cuda", torch.bfloat16),
         (None, "cpu", torch.float32),
     ],
 )
 def test_auto_dtype(declared: torch.dtype | str | None, device: str, expected: torch.dtype) -> None:
     config = config_of("llama", dtype=declared)
     assert resolve_dtype("auto", config, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("declared", [torch.bfloat16, "bfloat16"])
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_what_the_cpu_is_quick_at(
+    declared: torch.dtype | str,
+    has: bool,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "has_bfloat16", lambda: has)
+    config = config_of("llama", dtype=declared)
+    assert resolve_dtype("auto", config, torch.device("cpu")) is expected
+    assert resolve_dtype("bfloat16", config, torch.device("cpu")) is torch.bfloat16
 
 
 def test_unknown_dtype() -> None:

@@ -89,8 +89,8 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> Load
     Args:
         model: a folder, a name on the Hugging Face hub (looked up in the local cache only when
             ``HF_HUB_OFFLINE`` is set), or ``demo``.
-        dtype: ``auto`` is the checkpoint's own, but float32 for float16 ones on a CPU, which
-            computes float16 slowly.
+        dtype: ``auto`` is the checkpoint's own, but float32 on a CPU that computes it slowly:
+            float16 on all, bfloat16 where there are no vector instructions for it.
         device: ``auto`` is the first GPU if there is one.
 
     Raises:
@@ -214,7 +214,8 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig, device: torch.device) ->
         own = config.dtype or torch.float32
         if isinstance(own, str):
             own = DTYPES.get(own, torch.float32)
-        return torch.float32 if own is torch.float16 and device.type == "cpu" else own
+        slow = own is torch.float16 or (own is torch.bfloat16 and not kernels.has_bfloat16())
+        return torch.float32 if slow and device.type == "cpu" else own
     if dtype not in DTYPES:
         msg = f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}"
         raise ValueError(msg)

@@ -15,9 +15,17 @@ from torch import Tensor
 from penstock.engine.kernels import portable
 from penstock.engine.kernels.batch import PagedBatch
 from penstock.engine.kernels.choice import compiled
-from penstock.engine.kernels.linear import prepack
+from penstock.engine.kernels.linear import has_bfloat16, prepack
 
-__all__ = ["PagedBatch", "backend", "compiled", "paged_attention", "prepack", "store_kv"]
+__all__ = [
+    "PagedBatch",
+    "backend",
+    "compiled",
+    "has_bfloat16",
+    "paged_attention",
+    "prepack",
+    "store_kv",
+]
 
 
 def backend() -> Literal["native", "torch"]:

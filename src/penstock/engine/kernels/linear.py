@@ -70,12 +70,16 @@ def pack(linear: nn.Linear) -> nn.Module | None:
         return NativeLinear(linear, native)
     if not torch.backends.mkldnn.is_available():
         return None
-    if weight.dtype is torch.bfloat16:
-        # Without vector instructions for it, oneDNN's bfloat16 is slower than PyTorch's own.
-        fast = bool(_ONEDNN._is_mkldnn_bf16_supported())  # noqa: SLF001
-    else:
-        fast = weight.dtype is torch.float32
+    # Without vector instructions for it, oneDNN's bfloat16 is slower than PyTorch's own.
+    fast = has_bfloat16() if weight.dtype is torch.bfloat16 else weight.dtype is torch.float32
     return OneDNNLinear(linear) if fast else None
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has vector instructions for bfloat16."""
+    return torch.backends.mkldnn.is_available() and bool(
+        _ONEDNN._is_mkldnn_bf16_supported()  # noqa: SLF001
+    )
 
 
 def prepack(model: nn.Module) -> int:
