@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -217,3 +218,21 @@ def test_wrong_output_is_an_error_not_a_result(
     result = go(fake, workload([5]), Load(clients=1), retries=0)
     assert result.summary.ends == {"error": 1}
     assert "4 output tokens came instead" in next(iter(result.summary.errors))
+
+
+def test_a_run_stops_when_enough_have_completed(fake: FakeServer) -> None:
+    began = time.monotonic()
+    load = Load(clients=2, duration=30.0, completed=5)
+    result = go(fake, workload([4, 5]), load)
+    assert time.monotonic() - began < 10.0
+    ends = [attempt.end for attempt in result.attempts]
+    assert ends.count(End.COMPLETED) == 5
+    assert len(ends) <= 5 + 2  # those of both clients that were cut
+
+
+@pytest.mark.parametrize(
+    "load", [{"clients": 2}, {"duration": 1.0}, {"clients": 2, "duration": 1.0, "completed": 0}]
+)
+def test_enough_is_said_with_clients_and_a_duration(load: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"completed is [03]; it must be at least 1, with clients"):
+        Load(**{"completed": 3, **load})

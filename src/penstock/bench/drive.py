@@ -112,15 +112,21 @@ class Run:
         prompt = (self.prompts.text if text else self.prompts.ids)(request, turn)
         return client.body_of(self.target, prompt, most, extra)
 
-    async def closed_loop(self, clients: int, duration: float | None = None) -> None:
+    async def closed_loop(
+        self, clients: int, duration: float | None = None, completed: int | None = None
+    ) -> None:
         """Send the workload with ``clients`` clients.
 
         Without ``duration`` until every request has met its SLO or used up its retries.  With
         it, for so many seconds, starting the workload over when it runs out; what still runs
         then is cut.
+
+        Args:
+            completed: stop before that, once so many attempts have run to their end.
         """
         queue: asyncio.Queue[_Try] = asyncio.Queue()
         turn = 0
+        ended, enough = 0, asyncio.Event()
 
         def fill() -> None:
             nonlocal turn
@@ -129,11 +135,15 @@ class Run:
             turn += 1
 
         async def work(session: aiohttp.ClientSession) -> None:
+            nonlocal ended
             while True:
                 if duration is not None and queue.empty():
                     fill()
                 one = await queue.get()
                 attempt, pause = await self.attempt(session, one)
+                ended += attempt.end is End.COMPLETED
+                if ended == completed:
+                    enough.set()
                 if not attempt.met:
                     self._put_back(queue, one)
                 queue.task_done()
@@ -143,7 +153,8 @@ class Run:
         async with self.target.session() as session:
             self.start = perf_counter()
             async with _tasks(work(session) for _ in range(clients)) as group:
-                await _first_of(queue.join(), group, duration)
+                done = queue.join() if completed is None else enough.wait()
+                await _first_of(done, group, duration)
 
     async def open_loop(self, speed: float = 1.0, duration: float | None = None) -> None:
         """Send each request at its arrival time divided by ``speed``.

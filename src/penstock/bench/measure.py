@@ -26,12 +26,15 @@ class Load:
         speed: open loop: times are divided by it.
         duration: seconds after which the run is cut; None runs until the workload is done.
         warmup: seconds from the start that are not measured.
+        completed: closed loop with a duration: the run is cut earlier, when so many attempts have
+            run to their end.
     """
 
     clients: int | None = None
     speed: float = 1.0
     duration: float | None = None
     warmup: float = 0.0
+    completed: int | None = None
 
     def __post_init__(self) -> None:
         if self.clients is not None and self.clients < 1:
@@ -46,6 +49,13 @@ class Load:
             self.duration is not None and self.warmup >= self.duration
         ):
             msg = f"warmup is {self.warmup} s; it must be at least 0 and below the duration"
+            raise ValueError(msg)
+        if self.completed is not None and not (
+            self.completed >= 1 and self.clients is not None and self.duration is not None
+        ):
+            msg = (
+                f"completed is {self.completed}; it must be at least 1, with clients and a duration"
+            )
             raise ValueError(msg)
 
 
@@ -81,7 +91,7 @@ async def measure(job: Measurement) -> Result:
     async with scrape.watching(job.target) as seen:
         cpu = time.process_time()
         if job.load.clients is not None:
-            await run.closed_loop(job.load.clients, job.load.duration)
+            await run.closed_loop(job.load.clients, job.load.duration, job.load.completed)
         else:
             await run.open_loop(job.load.speed, job.load.duration)
         stop = perf_counter()
