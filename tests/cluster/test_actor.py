@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -13,11 +14,12 @@ import pytest
 
 from penstock.cluster import transports
 from penstock.cluster.actor import MOST_EVENTS, CallPipe, Instance
-from penstock.cluster.parcels import Desk, Inline, Packed, Parcel, Weighed
+from penstock.cluster.parcels import Desk, Inline, Packed, Parcel, ParcelLostError, Weighed
 from penstock.core.engine import Work
 from penstock.core.types import FinishReason, Request
 from penstock.server.factories import EngineSpec, kv_codec
 from penstock.server.messages import Add, Brought, Cancel, Event, Explained, Missed, Ready, Step
+from penstock.testing.scripted import ScriptedKV
 
 decode = msgspec.msgpack.Decoder(Event).decode
 
@@ -138,6 +140,10 @@ def waiting_for_kv(arrive: Callable[[], Awaitable[Weighed]]) -> CallPipe:
     return pipe
 
 
+def cancel(pipe: CallPipe) -> None:
+    pipe.put([msgspec.msgpack.encode(Cancel("a", FinishReason.CANCELLED))])
+
+
 async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
     async def never() -> Weighed:
         await asyncio.Event().wait()
@@ -146,10 +152,61 @@ async def test_a_request_that_waits_for_its_kv_can_be_cancelled() -> None:
     pipe = waiting_for_kv(never)
     await asyncio.sleep(0)
     assert pipe.receive() is None
-    pipe.put([msgspec.msgpack.encode(Cancel("a", FinishReason.CANCELLED))])
-    await asyncio.sleep(0)
+    cancel(pipe)
+    # The engine never hears of it, so nobody else can tell the front not to wait for it.
+    (event,), _ = await asyncio.wait_for(pipe.take(), 5)
+    assert decode(event) == Missed("a", "cancelled")
     assert pipe.receive() is None
     assert pipe._fetching == {}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+async def test_kv_that_comes_as_its_request_is_cancelled_is_let_go(broken: bool) -> None:
+    async def stubborn() -> Weighed:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        if broken:
+            raise ParcelLostError("too late")
+        return Weighed(ScriptedKV((1, 2, 3)), 1)
+
+    pipe = waiting_for_kv(stubborn)
+    await asyncio.sleep(0)
+    (task,) = pipe._fetching.values()
+    cancel(pipe)
+    await asyncio.wait_for(task, 5)
+    (event,), _ = await pipe.take()
+    assert decode(event) == Missed("a", "cancelled")
+    assert pipe.receive() is None
+    assert pipe._desk is not None
+    assert pipe._desk.find("a") is None
+
+
+class Interrupted(dict[str, list[Packed]]):
+    """As something is put in, another thread does this, for as long as it is not held up."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        super().__init__()
+        self._thread = threading.Thread(target=action)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        self._thread.start()
+        self._thread.join(0.2)
+        return super().setdefault(key, default)
+
+
+def test_a_part_that_is_left_while_parts_are_collected_is_not_lost() -> None:
+    codec = kv_codec("scripted")
+    desk = Desk(Inline(codec), codec.join)
+    collected: list[dict[str, list[Packed]]] = []
+
+    def collect() -> None:
+        # As Ray would pickle it at once.
+        collected.append({name: list(parts) for name, parts in desk.collect().items()})
+
+    desk._outgoing = interrupted = Interrupted(collect)
+    desk.leave("a", ScriptedKV((1, 2, 3)), last=True)
+    interrupted._thread.join()
+    assert [[part.last for part in parts["a"]] for parts in collected] == [[True]]
 
 
 async def test_whatever_keeps_kv_from_arriving_the_front_hears_of_it() -> None:

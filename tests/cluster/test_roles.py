@@ -7,11 +7,13 @@ import importlib.metadata
 import importlib.util
 import random
 import sys
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.cluster.front import MOST_LOSSES
 from penstock.cluster.machines import room_for
 from penstock.config import ConfigError
 from penstock.core.types import FinishReason, Role
@@ -117,6 +119,91 @@ def test_kv_that_does_not_arrive_is_computed_again() -> None:
         assert [number for number, _ in hall.adds()] == [0, 1, 0, 1, 0, 1]
         # Each prefill computes the tokens that it has by then, and adds one.
         assert [len(add.generated) for _, add in hall.adds()] == [0, 1, 1, 2, 2, 3]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_kv_of_which_a_part_is_lost_is_computed_again(left: int) -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES, stream_kv=True)
+        for number in (0, 1):
+            hall.start(number)
+        work = hall.ask("r", 12, range(70), trace=10)
+        while len(hall.ahead) < 2:
+            await asyncio.sleep(0.001)
+            hall.turn(0)
+        del hall.front._parcels["r"][left:]
+        await finish(hall)
+        hall.check_all({"r": (work, 12)})
+        assert [number for number, _ in hall.adds()] == [0, 1, 0, 1]
+        assert not any(books.unseen for books in hall.front._books.values())
+
+    asyncio.run(story())
+
+
+def test_who_leaves_while_its_kv_is_fetched_is_not_waited_for() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES)
+        hall.loses_kv = 1
+        for number in (0, 1):
+            hall.start(number)
+        hall.ask("r", 12, range(20), trace=10)
+        while len(hall.adds()) < 2:
+            await asyncio.sleep(0.001)
+            hall.turn(0)
+        hall.front.send(Cancel("r", FinishReason.CANCELLED))
+        hall.turn(1)
+        assert hall.front._books[1].unseen == deque()
+        assert hall.client.ends == {}
+        hall.check_all({})
+
+    asyncio.run(story())
+
+
+async def until_decode(hall: Hall) -> None:
+    """The request is prefilled, again if need be, and sent to the decode instance."""
+    hall.sent.clear()
+    for _ in range(1000):
+        if hall.client.ends or any(number == 1 for number, _ in hall.adds()):
+            return
+        await asyncio.sleep(0.001)
+        while hall.turn(0):
+            pass
+    raise AssertionError(hall.sent)
+
+
+def test_what_kills_decode_instances_ends() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES)
+        hall.start(0)
+        hall.ask("poison", prompt=range(20), trace=20)
+        for _ in range(MOST_LOSSES):
+            assert hall.client.ends == {}
+            hall.start(1)
+            await until_decode(hall)
+            hall.kill(1)
+        end = hall.client.ends["poison"]
+        assert end.reason is FinishReason.FAILED
+        assert f"{MOST_LOSSES} instances" in end.detail
+
+    asyncio.run(story())
+
+
+def test_who_makes_progress_survives_any_number_of_decode_instances() -> None:
+    async def story() -> None:
+        hall = Hall("distserve", roles=ROLES)
+        hall.start(0)
+        work = hall.ask("r", 30, range(20), trace=25)
+        for _ in range(MOST_LOSSES + 2):
+            hall.start(1)
+            await until_decode(hall)
+            hall.turn(1)
+            hall.turn(1)
+            hall.kill(1)
+        hall.start(1)
+        await finish(hall)
+        hall.check_all({"r": (work, 30)})
 
     asyncio.run(story())
 

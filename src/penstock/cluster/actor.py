@@ -95,6 +95,9 @@ class CallPipe:
                             self._commands.append(add)
                     case Cancel() if command.id in self._fetching:
                         self._fetching.pop(command.id).cancel()
+                        # The engine never counts it as received, and the front would wait for that.
+                        self._events.append(self._encode(Missed(command.id, "cancelled")))
+                        self._news.set()
                     case _:
                         self._commands.append(command)
             self._changed.notify()
@@ -118,7 +121,10 @@ class CallPipe:
             if not isinstance(error, ParcelLostError | ValueError):
                 traceback.print_exc()
             event = Missed(add.id, first_line(error))
-        self._fetching.pop(add.id, None)
+        if self._fetching.pop(add.id, None) is None:
+            # Cancelled as it came, which the transport did not notice; the front has been told.
+            self._desk.find(add.id)
+            return
         with self._changed:
             if isinstance(event, Brought):
                 self._commands.append(add)

@@ -252,20 +252,23 @@ class Front:
             self._stories[whole].tokens.append(token)
             if slice_id in step.details:
                 details[whole] = step.details[slice_id]
-        ended = [end for end in map(self._slice_ended, step.ended) if end is not None]
+        ends = [self._slice_ended(books, end) for end in step.ended]
+        ended = [end for end in ends if end is not None]
         self._observer.on_instance(number, step.gauges, self._load_of(number))
         joint = self._gauges()
         told = Step(tokens, details, ended, step.seconds, step.planning, joint)
         self._listener.on_event(told)
 
-    def _slice_ended(self, end: End) -> End | None:
+    def _slice_ended(self, books: Books, end: End) -> End | None:
         """What the client is told of a slice's end: nothing if the request goes on."""
         whole = self._dispatcher.whole(end.id)
         if whole is None:
             return None
         story = self._stories[whole]
         story.evictions += end.evictions
-        story.losses = 0
+        if books.role is not Role.PREFILL:
+            # Each loss of a decode instance is followed by a prefill, which proves nothing.
+            story.losses = 0
         generated, packed = len(story.tokens), self._parcels.pop(end.id, [])
         kv, now = bool(packed) and packed[-1].last, self._clock()
         if self._dispatcher.ended(end.id, generated, end.reason, now, kv=kv) is None:
@@ -381,4 +384,5 @@ class Front:
             slice_tokens=policy.priced_tokens,
             room=int(kv_tokens * policy.safety),
             most=min(books.ready.max_batch for books in self._books.values()),
+            block_size=max(books.ready.block_size for books in self._books.values()),
         )

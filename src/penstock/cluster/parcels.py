@@ -8,6 +8,7 @@ stays where it is until the receiver takes it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -104,6 +105,8 @@ class Desk:
     def __init__(self, transport: Transport, join: Callable[[Sequence[Any]], KV]) -> None:
         self._transport = transport
         self._join = join
+        # What was collected is pickled at once: nothing may be added to it any more.
+        self._leaving = threading.Lock()
         self._outgoing: dict[str, list[Packed]] = {}
         self._incoming: dict[str, KV] = {}
 
@@ -112,7 +115,8 @@ class Desk:
     def leave(self, slice_id: str, kv: KV, *, last: bool) -> None:
         """Pack KV of a request: what followed the part before, the ``last`` as it ended."""
         packed = Packed(*self._transport.pack(kv), last)
-        self._outgoing.setdefault(slice_id, []).append(packed)
+        with self._leaving:
+            self._outgoing.setdefault(slice_id, []).append(packed)
 
     def find(self, slice_id: str) -> KV | None:
         """What came for a request, once."""
@@ -122,7 +126,8 @@ class Desk:
 
     def collect(self) -> dict[str, list[Packed]]:
         """All that is to be taken away, in order."""
-        packed, self._outgoing = self._outgoing, {}
+        with self._leaving:
+            packed, self._outgoing = self._outgoing, {}
         return packed
 
     async def deliver(self, slice_id: str, parcels: Sequence[Parcel]) -> int:

@@ -13,7 +13,7 @@ NEUTRAL: Prices = (1e-2, 1e-4, 1e-4, 0.0)
 
 
 def slice_cost(
-    measured: Collection[Prices], *, slice_tokens: int, room: int, most: int
+    measured: Collection[Prices], *, slice_tokens: int, room: int, most: int, block_size: int
 ) -> SliceCost:
     """What slices cost on the average of these instances.
 
@@ -22,6 +22,7 @@ def slice_cost(
         slice_tokens: a slice's length.
         room: KV tokens that a batch may hold.
         most: most requests of a batch.
+        block_size: KV tokens in a block.
 
     Raises:
         ValueError: a number is out of range.
@@ -35,4 +36,5 @@ def slice_cost(
         max(1, slice_tokens),
         max(1, room),
         most,
+        block_size,
     )

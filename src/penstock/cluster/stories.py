@@ -64,7 +64,8 @@ class Story:
         tokens: what it has said.
         number, slice_id: the instance that it is at, and its stay there; empty in the pool.
         had: tokens when that began.
-        losses: stays in a row that ended with the instance, without a token.
+        losses: stays in a row that ended with the instance, without a token; prefills that went
+            well do not count.
         parcels: KV in hand, in parts.
         left_at: when that was, by the front's clock.
     """

@@ -21,6 +21,7 @@ from penstock.server.messages import (
     Explain,
     Explained,
     Gauges,
+    Missed,
     Prices,
     Ready,
     Refused,
@@ -169,11 +170,7 @@ class EngineLoop:
     def _obey(self, command: Command) -> None:
         match command:
             case Add():
-                self._received += 1
-                try:
-                    self._add(command)
-                except RequestError as error:
-                    self._pipe.send(Refused(command.id, error.field, str(error)))
+                self._add(command)
             case Cancel():
                 self._runtime.cancel(command.id, command.reason)
             case Explain():
@@ -183,10 +180,19 @@ class EngineLoop:
                 self._stopping = True
 
     def _add(self, command: Add) -> None:
-        request, work = command.unpack(self._runtime.engine.capabilities)
-        if command.computed and self._desk is not None:
-            work = work._replace(kv=self._desk.find(command.id))
-        self._runtime.add(request, work)
+        kv = self._desk.find(command.id) if command.computed and self._desk is not None else None
+        there = 0 if kv is None else kv.tokens
+        if there < command.computed:
+            # Part of it was lost on the way; the engine could only give up over that.
+            words = f"KV of {there} tokens came, where {command.computed} were computed"
+            self._pipe.send(Missed(command.id, words))
+            return
+        self._received += 1
+        try:
+            request, work = command.unpack(self._runtime.engine.capabilities)
+            self._runtime.add(request, work._replace(kv=kv))
+        except RequestError as error:
+            self._pipe.send(Refused(command.id, error.field, str(error)))
 
     def _report(self, output: StepOutput) -> Step:
         stats = self._runtime.stats()
