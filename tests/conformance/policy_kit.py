@@ -209,8 +209,6 @@ def _check_answers(answers: list[Answer]) -> None:
         assert isinstance(answer, Admit | Defer | Reject), f"{answer!r} is no answer"
         if not isinstance(answer, Admit):
             assert answer.reason, "a refusal must say why"
-        if isinstance(answer, Reject) and answer.retry_after is not None:
-            assert answer.retry_after > 0, f"retry_after is {answer.retry_after}"
 
 
 def _check_holds(policy: AdmitPolicy, view: Snapshot, head: Candidate) -> None:

@@ -145,7 +145,7 @@ def test_a_head_that_only_fits_alone_is_served_alone(name: str) -> None:
 
 
 def test_rejected_ones_end_with_the_reason_and_the_next_is_asked() -> None:
-    admit = Asked({"a": Reject("too dear", 5.0)})
+    admit = Asked({"a": Reject("too dear")})
     hand = Hand(capabilities(), asked(admit))
     hand.add("a", 4, 3)
     hand.add("b", 4, 3)
@@ -331,3 +331,45 @@ def test_the_same_seed_gives_the_same_plans_and_another_gives_others() -> None:
         for seed in (1, 1, 2)
     ]
     assert plans[0] == plans[1] != plans[2]
+
+
+def test_who_was_refused_is_asked_again_once_a_block_can_be_shared() -> None:
+    """``b`` fits beside ``a`` only with its prompt in common, which is there after a step."""
+    machine = capabilities(
+        kv_blocks=20, block_size=4, max_request_tokens=80, max_step_tokens=60, prefix_cache=True
+    )
+    prompt = tuple(range(49))
+    keys = tuple(prefix_keys(prompt, 4))
+    hand = Hand(machine, "vllm")
+    hand.add("a", 49, 20, prefix=keys)
+    hand.add("b", 49, 20, prefix=keys)
+    # Its own prompt would take 13 blocks, and 7 are left.
+    assert starts(hand, 2) == [["a"], ["b"]]
+
+
+def test_a_static_batch_enters_whole_where_its_prompts_fill_the_step() -> None:
+    hand = Hand(capabilities(kv_blocks=200, max_batch=8, max_step_tokens=40), "sls")
+    for name in "abcdefgh":
+        hand.add(name, 10, 3)
+    first, second, third = (hand.step() for _ in range(3))
+    assert [start.id for start in first.starts] == list("abcdefgh")
+    assert [chunk.id for chunk in first.chunks] == list("abcd")
+    assert (second.decode, [chunk.id for chunk in second.chunks]) == ((), list("efgh"))
+    assert len(third.decode) == 8
+
+
+def test_a_place_that_an_evicted_request_leaves_wakes_who_waits_for_it() -> None:
+    """``a`` is evicted from a plan in flight, and cancelled: it holds no memory, but a place."""
+    hand = Hand(capabilities(max_batch=1, depth=2), "vllm")
+    hand.add("a", 4, 9)
+    hand.add("b", 4, 9)
+    hand.step()
+    hand.plan()
+    books = hand.scheduler._books
+    drop = books.evict(books.entries["a"], 0.0)
+    books.leaving.drops.append(drop)
+    hand.scheduler.cancel("a")
+    assert [start.id for start in hand.plan().starts] == []
+    assert hand.scheduler.explain("b") == "waiting: the batch is full: 1 of 1 places taken"
+    hand.confirm()
+    assert [start.id for start in hand.plan().starts] == ["b"]

@@ -60,7 +60,8 @@ def test_keep_sets_no_deadlines() -> None:
     kept = entry(SLO(ttft=1.0, gap=1.0, e2e=1.0), on_miss=OnMiss.KEEP)
     deadlines.arrived(kept)
     kept.state, kept.generated, kept.evictions = State.EVICTED, 3, 1
-    deadlines.evicted(kept, 10.0)
+    kept.latest_at = 10.0
+    deadlines.evicted(kept)
     assert deadlines.due(1e9) == []
 
 
@@ -90,7 +91,8 @@ def test_the_gap_is_watched_during_one_eviction(
     deadlines = Deadlines()
     one = entry(SLO(gap=0.5))
     one.state, one.generated, one.evictions = State.EVICTED, 3, 1
-    deadlines.evicted(one, 20.0)
+    one.latest_at = 20.0
+    deadlines.evicted(one)
     one.state, one.evictions = state, evictions
     assert deadlines.due(20.4) == []
     assert names(deadlines.due(20.5)) == ([("r0", Promise.GAP)] if missed else [])
@@ -100,7 +102,8 @@ def test_without_a_token_there_is_no_gap() -> None:
     deadlines = Deadlines()
     one = entry(SLO(gap=0.5))
     one.state, one.evictions = State.EVICTED, 1
-    deadlines.evicted(one, 20.0)
+    one.latest_at = 20.0
+    deadlines.evicted(one)
     assert deadlines.due(99.0) == []
 
 
@@ -177,3 +180,17 @@ def test_an_evicted_request_that_waits_longer_than_its_gap_expires() -> None:
     assert (ended.reason, ended.evictions) == (FinishReason.EXPIRED, 1)
     assert ended.output_tokens == tokens
     assert "gap promise of 1 s" in ended.detail
+
+
+def test_the_gap_counts_from_the_last_token_over_several_evictions() -> None:
+    """It was evicted at 20 with its token of then, admitted, and evicted again in its prefill."""
+    hand = Hand(SMALL, "vllm")
+    hand.add("a", 4, 8, slo=SLO(gap=0.5), on_miss=OnMiss.EXPIRE)
+    hand.step()
+    hand.step()
+    books = hand.scheduler._books
+    entry = books.entries["a"]
+    books.evict(entry, 20.0)
+    books.start(entry, 6, ())
+    books.evict(entry, 20.4)
+    assert books.deadlines.next == 20.5

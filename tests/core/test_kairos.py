@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.forecast.latency.longest import LongestBound
 from penstock.core.forecast.prompt_time import LengthAware, RunningRate
+from penstock.core.memory import prefix_keys
 from penstock.core.policies import presets
 from penstock.core.policies.order.ranks import (
     AgedShortest,
@@ -27,7 +28,8 @@ from penstock.core.policies.pack.slack_literal import SlackLiteral, step_table
 from penstock.core.scheduler import Scheduler
 from penstock.core.snapshot import Decoding, Prompts
 from penstock.core.types import Capabilities, Request
-from tests.core.drive import result
+from tests.core.drive import capabilities, result
+from tests.core.hand import Hand
 
 K = 1024
 MACHINE = LongestBound(9e-3, 1e-4, 2.38e-7, 7e-9, 4.766e-5, 2.972e-10)
@@ -325,3 +327,17 @@ def test_learned_step_times_tell_the_longest_from_the_sum() -> None:
 def test_parameters_out_of_range(preset: str, parameters: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         presets.build(preset, **parameters)  # type: ignore[arg-type]
+
+
+def test_a_cached_prefix_counts_for_who_waits() -> None:
+    """Of 40 tokens 36 are in the cache, so that prompt is shorter than one of 20."""
+    machine = capabilities(
+        kv_blocks=40, block_size=4, max_request_tokens=80, max_step_tokens=40, prefix_cache=True
+    )
+    keys = tuple(prefix_keys(tuple(range(40)), 4))
+    hand = Hand(machine, presets.build("distserve", order="aged-shortest"))
+    hand.add("first", 40, 1, prefix=keys)
+    hand.finish()
+    hand.add("medium", 20, 1)
+    hand.add("long", 40, 1, prefix=keys)
+    assert [start.id for start in hand.step().starts] == ["long", "medium"]

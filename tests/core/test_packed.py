@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -81,6 +82,13 @@ def test_the_line_of_a_length_is_the_slices_time(
 ) -> None:
     constant, each = cost.line(length)
     assert constant + requests * each == pytest.approx(cost.seconds(requests, length), rel=1e-9)
+
+
+def test_a_batch_holds_whole_blocks() -> None:
+    form = (1.0, 1.0, 1.0, 1.0)
+    by_token = SliceCost(Bilinear(form, form), tokens=16, room=16_000, most=1_000)
+    by_block = replace(by_token, block_size=16)
+    assert (by_token.fits(17), by_block.fits(17)) == (16_000 // 33, 16_000 // 48)
 
 
 def test_ten_thousand_requests_take_less_than_a_tenth_of_a_second() -> None:

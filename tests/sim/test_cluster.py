@@ -177,6 +177,42 @@ def test_requests_leave_a_crowded_instance_with_what_they_have() -> None:
     assert kept.seconds < still.seconds
 
 
+def test_who_moves_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that it is in counts: what the dispatcher was told then is what it takes along."""
+    left: list[tuple[int, int]] = []
+    ended = Dispatcher.ended
+
+    def watched(self: Dispatcher, slice_id: str, generated: int, *rest: Any, **more: Any) -> Any:
+        if FinishReason.CANCELLED in rest:
+            left.append((self._slices[slice_id].generated, generated))
+        return ended(self, slice_id, generated, *rest, **more)
+
+    monkeypatch.setattr(Dispatcher, "ended", watched)
+    work = [
+        Job(str(index), 0.01 * index, 400, 250 if index % 2 else 4, CAP, request=index)
+        for index in range(60)
+    ]
+    done = cluster("scls-kv", work, instances=2, place="round-robin")
+    assert done.moves == len(left) > 0
+    assert all(told <= taken <= told + 1 for told, taken in left), left
+
+
+def test_requests_that_are_tried_again_do_not_meet_their_own_slices() -> None:
+    work = [Job("0", 0.0, 64, 40, CAP, request=0)]
+    fleet = build_fleet("scls-slice", parameters={"slice_tokens": 32})
+    done = run_cluster(
+        ClosedLoop(work, 1, retries=2, met=lambda _: False),
+        MACHINE,
+        [Role.MIXED],
+        lambda _: presets.build(fleet.preset, batch_size=16),
+        LATENCY,
+        Dispatcher(fleet.dispatch, cost_of(PRICED.model, slice_tokens=32, safety=0.9, most=64)),
+        padded=True,
+    )
+    assert [record.job.id for record in done.records] == ["0", "0+1", "0+2"]
+    assert done.slices == [2, 2, 2]
+
+
 def test_prices_say_how_far_they_are_off() -> None:
     assert 0 < PRICED.slices < 0.2
     assert all(0 < error < 0.3 for error in (*PRICED.train, *PRICED.test))

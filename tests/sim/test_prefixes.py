@@ -64,3 +64,18 @@ def test_a_trace_must_say_what_is_shared(tmp_path: Path) -> None:
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,10\n1,100,10\n")
     with pytest.raises(ValueError, match="does not say what its requests share"):
         simulated(str(path), prefix_cache=True)
+
+
+def test_what_an_evicted_request_finds_again_is_no_further_hit(tmp_path: Path) -> None:
+    rows = [
+        {"timestamp": i, "input_length": 512, "output_length": 400, "hash_ids": [i]}
+        for i in range(6)
+    ]
+    path = tmp_path / "alone.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    done = penstock.simulate(
+        "vllm", kv_tokens=3200, trace=str(path), arrivals="trace", profile=PROFILE, block_size=16,
+        prefix_cache=True,
+    )  # fmt: skip
+    assert done.summary.evictions > 0
+    assert done.runs[0].cached_tokens == 0

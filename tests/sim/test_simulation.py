@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 import penstock
 from penstock.bench.workload import Workload
+from penstock.sim.spec import RunSpec, policy_of
 from penstock.sim.study import behaviour
 
 LOAD = {"input": "uniform:4-40", "output": "uniform:2-20", "requests": 60, "clients": 60}
@@ -43,6 +46,16 @@ def test_a_workload_of_ones_own() -> None:
     assert "&lt;mine&gt;" in done._repr_html_()
     with pytest.raises(ValueError, match="can never fit"):
         penstock.simulate(kv_tokens=10, steps_only=True, clients=2, workload=made)
+
+
+def test_a_workload_of_ones_own_keeps_the_promises_that_are_given() -> None:
+    lengths = np.array([5, 6, 7])
+    made = Workload("<mine>", lengths, lengths)
+    settings = {"kv_tokens": 40, "profile": "llama-3.1-8b/h100", "clients": 2, "workload": made}
+    assert penstock.simulate(**settings).summary.attainment == 1.0
+    assert penstock.simulate(**settings, slo=("ttft=1e-9",)).summary.attainment == 0.0
+    with pytest.raises(ValueError, match="rate is 2; a workload that is given has its own"):
+        penstock.simulate(**{**settings, "clients": None}, rate=2)
 
 
 def test_a_workload_that_cannot_be_simulated_is_refused() -> None:
@@ -83,3 +96,31 @@ def test_instances_are_counted_together() -> None:
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(TypeError, match="requets"):
         penstock.simulate(kv_tokens=300, steps_only=True, requets=5)
+
+
+def test_an_instance_behind_a_dispatcher_is_the_instance_by_itself() -> None:
+    """With its profile as Kairos's first table, and its own period of passes."""
+
+    def latency(preset: str, **more: Any) -> dict[str, Any]:
+        settings = {
+            "kv_tokens": 3000,
+            "profile": "llama-2-7b/a100-80g",
+            "requests": 60,
+            "rate": 20.0,
+        }
+        settings |= {"input": "uniform:20-400", "output": "uniform:10-200", "slo": "tpot=0.03"}
+        done = penstock.simulate(preset, **settings, **more)
+        return done.summary.latency
+
+    literal = latency("kairos-literal")
+    assert latency("kairos-literal", place="round-robin")["e2e"] == pytest.approx(literal["e2e"])
+    rare = latency("vllm", plan_every=40)
+    assert latency("vllm", plan_every=40, place="round-robin")["e2e"] == pytest.approx(rare["e2e"])
+    assert latency("vllm")["ttft"]["mean"] < rare["ttft"]["mean"]
+
+
+def test_instances_draw_for_themselves() -> None:
+    spec = RunSpec(preset="past-future", kv_tokens=100, profile="llama-2-7b/a100-80g", seed=3)
+    first, second = (policy_of(spec, number).admit.rng.random() for number in (0, 1))
+    assert first != second
+    assert first == policy_of(spec).admit.rng.random()

@@ -33,7 +33,7 @@ def test_who_was_too_late_goes_to_the_end_of_the_list_and_keeps_its_number() -> 
     assert tries == sorted(set(tries))
     last = {r.job.request: r for r in records}
     assert all(r.latency.ttft is not None for r in last.values())
-    again = next(r for r in records if r.job.id == "b~1")
+    again = next(r for r in records if r.job.id == "b+1")
     third = next(r for r in records if r.job.id == "c")
     assert third.job.arrival <= again.job.arrival
     assert again.job.arrival > 0
@@ -41,7 +41,7 @@ def test_who_was_too_late_goes_to_the_end_of_the_list_and_keeps_its_number() -> 
 
 def test_tries_are_counted_and_end() -> None:
     jobs = [Job("a", 0.0, 10, 9, 12, SLO(e2e=1))]
-    assert [r.job.id for r in go(ClosedLoop(jobs, 1, retries=2))] == ["a", "a~1", "a~2"]
+    assert [r.job.id for r in go(ClosedLoop(jobs, 1, retries=2))] == ["a", "a+1", "a+2"]
     assert [r.job.id for r in go(ClosedLoop(jobs, 1))] == ["a"]
 
 

@@ -78,6 +78,7 @@ def test_a_round_robin_over_two_machines_is_two_runs_of_every_other_request() ->
         ({"clients": None, "rate": float("nan")}, "rate is nan; it must be a finite number above"),
         ({"clients": None, "rate": 0.0}, r"rate is 0\.0; it must be a finite number above 0"),
         ({"clients": 0}, "clients is 0; it must be at least 1"),
+        ({"prefix_cache": True}, "prefix_cache is true; steps_only counts"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"block_size": 301}, r"block_size is 301; it must be at most kv_tokens \(300\)"),
         ({"prefill_budget": 15}, r"max_batch is 16; it must be at most prefill_budget \(15\)"),

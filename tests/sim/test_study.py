@@ -167,7 +167,7 @@ def test_one_that_is_tried_again_is_known_to_the_overbooked() -> None:
     done = run(source, MACHINE, policy, DecodeSteps(), enforce_caps=False)
     assert len(done.records) == 2 * len(jobs)
     assert isinstance(policy.admit, Overbooked)
-    assert any("~" in name for name in policy.admit.bounced)
+    assert any("+" in name for name in policy.admit.bounced)
 
 
 def test_other_presets_are_as_they_are() -> None:
@@ -176,3 +176,22 @@ def test_other_presets_are_as_they_are() -> None:
     assert isinstance(policy.admit, Conservative)
     assert count_bounces(done, policy) is done
     assert with_jobs(policy, []) is policy
+
+
+@pytest.mark.parametrize("preset", ["vllm", "tgi"])
+def test_blocks_of_several_tokens_are_counted_as_blocks(preset: str) -> None:
+    settings: dict[str, Any] = {
+        "kv_tokens": 12_800, "requests": 200, "clients": 200, "input": "uniform:32-400",
+        "output": "uniform:200-400", "cap": 400, "steps_only": True,
+    }  # fmt: skip
+    if preset == "tgi":
+        settings["parameters"] = {"over_commit": 1.25}
+    one, sixteen = (simulate(preset, **settings, block_size=size).behaviour for size in (1, 16))
+    assert one is not None
+    assert sixteen is not None
+    assert sixteen.memory == pytest.approx(one.memory, abs=0.05)
+
+
+def test_prompts_of_one_token_cost_no_step() -> None:
+    done = study([Job("a", 0, 1, 4, 9), Job("b", 0, 1, 4, 9)], "vllm")
+    assert (done.decode_steps, done.seconds) == (3, 3.0)

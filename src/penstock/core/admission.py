@@ -13,7 +13,7 @@ from penstock.core.lifecycle import State
 from penstock.core.memory import blocks_for
 from penstock.core.policies.base import Admit, Defer, Judge, Policy, Reject
 from penstock.core.snapshot import Candidate
-from penstock.core.types import Drop, Ended, FinishReason, Start
+from penstock.core.types import Drop, Ended, FinishReason, PrefixKey, Start
 
 
 @dataclass(slots=True)
@@ -83,7 +83,10 @@ class Admission:
         if not self._opens(draft, head):
             return []
         turn = self._turn(len(books.queue))
-        while head is not None and draft.prefill_left > 0 and self._ask(draft, turn, head):
+        at_once = self._policy.at_once
+        while head is not None and (draft.prefill_left > 0 or at_once):
+            if not self._ask(draft, turn, head):
+                break
             head = books.queue.peek()
         return turn.rejected
 
@@ -128,7 +131,7 @@ class Admission:
         # One evicted from a plan in flight must have that plan's token first.
         if head.last_plan > books.confirmed.number:
             return False
-        cached, held = self._hits(head) if head.request.prefix else (0, 0)
+        cached, held = books.hits(head) if head.request.prefix else (0, 0)
         candidate = self._candidate(draft, head, cached, held)
         turn.judge = turn.judge or self._policy.admit.judge(books.view(draft.now))
         answer = turn.judge(candidate)
@@ -158,6 +161,13 @@ class Admission:
         by_policy = self._wake - books.decode.ticks if blocked else 0
         return max(by_policy, self._next_pass - books.number)
 
+    def published(self, index: int, key: PrefixKey) -> None:
+        """A block became shareable: who was refused may need less memory now."""
+        if self._blocked is not None:
+            prefix = self._blocked[0].request.prefix
+            if index < len(prefix) and prefix[index] == key:
+                self._blocked = None
+
     def _block(self, head: Entry, holds: int | None) -> None:
         """The pass ended at this one; asking again makes sense once memory is given back."""
         self._blocked = (head, self._books.releases)
@@ -185,12 +195,6 @@ class Admission:
             blocks_for(total, size) - held, -(-rest // self._books.prefill_per_step),
             entry.most_blocks,
         )  # fmt: skip
-
-    def _hits(self, entry: Entry) -> tuple[int, int]:
-        """Cached blocks it can begin with, and how many of them someone holds."""
-        # At least one token must be computed, or there is nothing to sample from.
-        limit = (entry.total - 1) // self._books.ledger.block_size
-        return self._books.ledger.hits(entry.request.prefix, limit)
 
     def _start(self, draft: Draft, entry: Entry, cached: int) -> None:
         books = self._books

@@ -100,6 +100,15 @@ class Books:
         entry.why = ""
         self.prefill[entry.request.id] = entry
 
+    def hits(self, entry: Entry) -> tuple[int, int]:
+        """Cached blocks that one that waits can begin with, and how many of them someone holds."""
+        # At least one token must be computed, or there is nothing to sample from.
+        return self.ledger.hits(entry.request.prefix, (entry.total - 1) // self.ledger.block_size)
+
+    def cached_tokens(self, entry: Entry) -> int:
+        """Tokens of it that need not be computed if it starts now."""
+        return self.hits(entry)[0] * self.ledger.block_size
+
     def coast(self, steps: int) -> None:
         """Further steps in which every decoding request got a token and nothing else happened."""
         needed, total = self.decode.coast(steps)
@@ -122,6 +131,11 @@ class Books:
 
         Its KV goes to host memory if there is room for all of it.
         """
+        if entry.state is State.DECODE:
+            paused = entry.request.id in self.paused
+            entry.latest_at = entry.latest_at if paused else now
+        elif not entry.evictions:
+            entry.latest_at = now
         self._stop_running(entry)
         if self.swapped + entry.computed <= self.capabilities.swap_tokens:
             entry.swapped = entry.computed
@@ -135,7 +149,7 @@ class Books:
         entry.waited_since = now
         entry.why = "evicted: KV memory overflowed"
         self.queue.push(entry)
-        self.deadlines.evicted(entry, now)
+        self.deadlines.evicted(entry)
         return Drop(entry.request.id, final=False, swapped=entry.swapped)
 
     def _forget_swapped(self, entry: Entry) -> None:
@@ -248,6 +262,8 @@ class Books:
         ]
         for request_id in done:
             self._release(*lingering.pop(request_id))
+        if done:  # each had a place in the batch, if no memory any more
+            self.releases += 1
 
     def view(self, now: float) -> Snapshot:
         """What policies may see."""

@@ -53,12 +53,12 @@ class Deadlines:
         if request.slo.e2e is not None:
             self._push(request.arrival + request.slo.e2e, Promise.E2E, entry)
 
-    def evicted(self, entry: Entry, now: float) -> None:
+    def evicted(self, entry: Entry) -> None:
         """Set the deadline for the next token of a request that has just been evicted."""
         request = entry.request
         if request.on_miss is OnMiss.KEEP or request.slo.gap is None or entry.generated == 0:
             return
-        self._push(now + request.slo.gap, Promise.GAP, entry)
+        self._push(entry.latest_at + request.slo.gap, Promise.GAP, entry)
 
     @property
     def next(self) -> float:

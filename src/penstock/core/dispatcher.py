@@ -357,6 +357,9 @@ class Dispatcher:
     def _slice(self, member: Member, sent: Sent, batch: int) -> Request:
         request = member.request
         name = f"{request.id}~{member.stays}" if member.stays else request.id
+        while name in self._slices:  # of a request whose own id looks like that
+            member.stays += 1
+            name = f"{request.id}~{member.stays}"
         member.stays += 1
         self._slices[name] = member
         tokens = self.policy.slice_tokens or request.cap

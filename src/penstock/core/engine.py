@@ -1,4 +1,4 @@
-"""The one interface behind which models run: native, simulated, vLLM-driven, scripted."""
+"""The one interface behind which models run: native, simulated, scripted."""
 
 from __future__ import annotations
 

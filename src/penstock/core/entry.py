@@ -34,7 +34,8 @@ class Entry:
         swapped: tokens whose KV an eviction left in host memory.
         floor: output tokens that it surely has; kept where it sat out of decode steps.
         first_at: when its first token came, in seconds; None: it has none, or nobody asked.
-        latest_at: when its latest token came, while it sits out of decode steps.
+        latest_at: when its latest token came, while it sits out of decode steps or is evicted;
+            about then for one that was evicted before it decoded here.
         why: why it is still waiting, if anyone said so.
     """
 

@@ -17,17 +17,22 @@ def ranked(books: Books, policy: RankPolicy, now: float) -> list[Entry]:
     entries = [*books.prefill.values(), *books.queue]
     if len(entries) < 2:
         return entries
-    order = policy.rank(_prompts(entries), now)
+    order = policy.rank(_prompts(books, entries), now)
     found = [entries[row] for row in order.tolist()]
     if any(entry.demoted for entry in found):
         found.sort(key=lambda entry: entry.demoted)
     return found
 
 
-def _prompts(entries: list[Entry]) -> Prompts:
+def _prompts(books: Books, entries: list[Entry]) -> Prompts:
     rows = np.array(
         [
-            (e.seq, e.request.prompt_tokens + e.generated, e.computed or e.imported, e.generated)
+            (
+                e.seq,
+                e.request.prompt_tokens + e.generated,
+                e.computed or max(e.imported, books.cached_tokens(e) if e.request.prefix else 0),
+                e.generated,
+            )
             for e in entries
         ],
         dtype=np.int64,

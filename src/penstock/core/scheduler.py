@@ -376,10 +376,10 @@ class Scheduler:
             return Chunk(request.id, start, tokens, end == entry.total)
         full = min(end // books.ledger.block_size, len(request.prefix))
         publish: list[tuple[int, PrefixKey]] = []
-        for index in range(entry.published, full):
-            key = request.prefix[index]
+        for index, key in enumerate(request.prefix[entry.published : full], entry.published):
             if books.ledger.publish(entry.holding, key):
                 publish.append((index, key))
+                self._admission.published(index, key)
         entry.published = max(entry.published, full)
         return Chunk(request.id, start, tokens, end == entry.total, tuple(publish))
 

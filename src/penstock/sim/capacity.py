@@ -25,7 +25,7 @@ import msgspec
 
 from penstock.bench.workload import parse_slo
 from penstock.sim.execute import one_run
-from penstock.sim.interval import Interval, interval, ratio
+from penstock.sim.interval import SAME_LOAD, Interval, interval, ratio
 from penstock.sim.parallel import outcomes
 from penstock.sim.spec import RunSpec, SpecError
 
@@ -316,10 +316,7 @@ def _notes(
     if len(answers) < 2:
         notes.append("one seed says nothing about spread; give more with --seeds")
     if spec.arrivals == "trace":
-        notes.append(
-            "the trace's own times and lengths are the same under every seed: the interval holds "
-            "the spread of the policy's draws alone, not that of the load"
-        )
+        notes.append(SAME_LOAD)
     bound = max((c.slo.ttft or 0.0 for c in parse_slo(spec.slo)), default=0.0)
     if not fewest and any(run.seconds < _LONG_ENOUGH * bound for run in at):
         shortest = min(run.seconds for run in at)

@@ -17,9 +17,9 @@ from penstock.core.dispatcher import Batch, Dispatcher
 from penstock.core.engine import Work
 from penstock.core.forecast.latency.base import LatencyModel
 from penstock.core.policies.base import Policy
-from penstock.core.runtime import Runtime
+from penstock.core.runtime import Runtime, StepOutput
 from penstock.core.scheduler import Scheduler
-from penstock.core.types import Capabilities, Ended, Request, RequestId, Role
+from penstock.core.types import Capabilities, Ended, FinishReason, Request, RequestId, Role
 from penstock.sim.clock import VirtualClock
 from penstock.sim.cluster_run import ClusterRun, InstanceRun
 from penstock.sim.engine import SimEngine
@@ -42,6 +42,8 @@ class _Instance:
     busy: float = 0.0
     steps: int = 0
     stays: dict[RequestId, Track] = field(default_factory=dict)
+    # Those that leave for another instance after the step that they are in.
+    moving: list[RequestId] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -173,16 +175,28 @@ class _Cluster:
             instance = self._instances[heappop(self._ends)[1]]
             instance.ends_at = math.inf
             began = instance.clock.now
-            output = instance.runtime.finish()
+            self._deliver(instance, instance.runtime.finish(), now)
             instance.busy += instance.clock.now - began
-            if output is not None:
-                instance.steps += output.steps if output.seconds else 0
-                for slice_id, part in output.parts.items():
-                    self._send_ahead(slice_id, part.tokens, now)
-                for ended in output.ended:
-                    kv = output.kept.get(ended.id) is not None
-                    self._slice_ended(instance, ended, now, kv=kv)
+            if instance.moving:
+                self._let_go(instance, now)
             self._idle[instance.number] = None
+
+    def _deliver(self, instance: _Instance, output: StepOutput | None, now: float) -> None:
+        if output is None:
+            return
+        instance.steps += output.steps if output.seconds else 0
+        for slice_id, part in output.parts.items():
+            self._send_ahead(slice_id, part.tokens, now)
+        for ended in output.ended:
+            kv = output.kept.get(ended.id) is not None
+            self._slice_ended(instance, ended, now, kv=kv)
+
+    def _let_go(self, instance: _Instance, now: float) -> None:
+        """End those that move, with the tokens of the step that has just ended."""
+        for slice_id in instance.moving:
+            instance.runtime.cancel(slice_id)
+        instance.moving.clear()
+        self._deliver(instance, instance.runtime.finish(), now)
 
     def _begin(self, instance: _Instance, now: float) -> None:
         instance.clock.now = max(instance.clock.now, now)
@@ -236,9 +250,10 @@ class _Cluster:
         if self._dispatcher.move_due > now:
             return
         for number, slice_id in self._dispatcher.moves(now):
-            self._moves += 1
             instance = self._instances[number]
-            instance.runtime.cancel(slice_id)
+            instance.moving.append(slice_id)
+            if instance.ends_at == math.inf:
+                self._let_go(instance, now)
             self._interrupt(instance, now)
 
     def _interrupt(self, instance: _Instance, now: float) -> None:
@@ -281,6 +296,7 @@ class _Cluster:
         assert whole is not None
         story = self._stories[whole]
         story.evictions += ended.evictions
+        self._moves += ended.reason is FinishReason.CANCELLED
         done = self._dispatcher.ended(ended.id, ended.output_tokens, ended.reason, now, kv=kv)
         self._count(ended, goes_on=done is None)
         if done is None:

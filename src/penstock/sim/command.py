@@ -108,8 +108,8 @@ class MachineOptions:
         padded: Static batches are rectangles: prompts padded to the longest, and every row
             computed until the last one ends.
         steps_only: No step times: a decode step is the unit and admission costs none. All
-            requests wait from the start unless --clients or --rate is given, outputs are not
-            cut at the cap, Past-Future starts with 512 as the past (--cold-start), and
+            requests wait from the start unless --clients, --rate or --arrivals is given, outputs
+            are not cut at the cap, Past-Future starts with 512 as the past (--cold-start), and
             numbers are taken until nobody waits any more.
     """
 

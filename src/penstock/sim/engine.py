@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from penstock.core.engine import Ticket, Work
+from penstock.core.forecast.latency.affine import DecodeSteps
 from penstock.core.forecast.latency.base import LatencyModel, StepLoad
 from penstock.core.loads import load_of
 from penstock.core.types import Capabilities, Drop, RequestId, StepPlan, StepResult, Token
@@ -151,8 +152,7 @@ class SimEngine:
         for drop in plan.drops:
             self._drop(drop)
         if self.capabilities.prefix_cache:
-            cached = sum(len(start.cached) for start in plan.starts)
-            self.cached_tokens += cached * self.capabilities.block_size
+            self._count_cached(plan)
         if self.rectangle:
             self.rectangle.enter(plan)
         if plan.decode:
@@ -217,17 +217,29 @@ class SimEngine:
 
     def _seconds(self, plan: StepPlan) -> float:
         """What one run of a plan takes."""
-        if not plan.decode and not plan.chunks:
+        if not plan.decode and (not plan.chunks or isinstance(self._latency, DecodeSteps)):
             return 0.0
         if self.rectangle and plan.chunks:
             assert not plan.decode, "static batches do not mix prompts and decoding"
             return self._latency.seconds(self.rectangle.prompts(plan))
         decoding, context = self._attended(plan)
-        longest = self._longest.at(self.ticks.count) if self._longest and decoding else 0
+        longest = 0
+        if self._longest and decoding:
+            box, ticks = self.rectangle, self.ticks.count
+            longest = box.length if box else self._longest.at(ticks)
         if not plan.chunks:
             return self._latency.seconds(StepLoad(decoding, context, longest=longest))
         spans = ((chunk.start, chunk.tokens) for chunk in plan.chunks)
         return self._latency.seconds(load_of(decoding, context, longest, spans))
+
+    def _count_cached(self, plan: StepPlan) -> None:
+        """Prompt tokens found in the prefix cache: once per request, where it is computed."""
+        for start in plan.starts:
+            track = self._tracks[start.id]
+            if not track.started and not start.imported:
+                cached = len(start.cached) * self.capabilities.block_size
+                self.cached_tokens += min(cached, track.prompt)
+            track.started = True
 
     def _swapped(self, plan: StepPlan) -> int:
         """Tokens whose KV goes to host memory or comes from there, before a plan's step."""
@@ -235,7 +247,7 @@ class SimEngine:
         tokens = out
         for start in plan.starts:
             track = self._tracks[start.id]
-            tokens += track.swapped
+            tokens += max(0, track.swapped - len(start.cached) * self.capabilities.block_size)
             track.swapped = 0
         for drop in plan.drops:
             self._tracks[drop.id].swapped = drop.swapped

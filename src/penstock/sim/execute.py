@@ -56,6 +56,7 @@ def cluster_of(spec: RunSpec, workload: Workload) -> ClusterRun:
         padded=spec.padded,
         cap=jobs[0].cap,
         bus=spec.bus,
+        plan_every=spec.plan_every,
     )
 
 
@@ -85,7 +86,7 @@ def simulate_spec(
     runs = []
     for first in range(min(spec.instances, len(jobs))):
         mine = jobs[first :: spec.instances]
-        chosen = with_jobs(policy or policy_of(spec), mine)
+        chosen = with_jobs(policy or policy_of(spec, first), mine)
         source = _source(spec, mine)
         done = run(
             source, machine, chosen, latency, enforce_caps=not spec.steps_only, watch=watch,

@@ -48,7 +48,8 @@ class Disaggregated(NamedTuple):
         """A policy with the back-pressure that is asked for."""
         if self.back_pressure is None:
             return dispatch
-        held = BackPressure(np.random.default_rng(seed), self.back_pressure)
+        # Its draws are not those of the placement, nor of an instance.
+        held = BackPressure(np.random.default_rng((seed, 1)), self.back_pressure)
         return replace(dispatch, back_pressure=held)
 
 
@@ -65,6 +66,7 @@ def simulate_fleet(  # noqa: PLR0913 - each is a setting of its own
     padded: bool = False,
     cap: int,
     bus: Link | None = None,
+    plan_every: int | None = None,
 ) -> ClusterRun:
     """Simulate a preset until the source has no more jobs and all have ended.
 
@@ -75,6 +77,7 @@ def simulate_fleet(  # noqa: PLR0913 - each is a setting of its own
         cap: what policies are told of output lengths.
         padded: instances run static batches as rectangles, the prompts of one in one step.
         bus: of each to its host memory, if it keeps KV of evicted requests there.
+        plan_every: steps from one admission pass of an instance to the next; None: the preset's.
 
     Raises:
         ValueError: an unknown name, or a value out of range; it names the parameter.
@@ -85,13 +88,12 @@ def simulate_fleet(  # noqa: PLR0913 - each is a setting of its own
         raise ValueError(msg)
     apart, count = (None, instances) if isinstance(instances, int) else (instances, 0)
     dispatch = apart.held_back(fleet.dispatch, seed) if apart else fleet.dispatch
-    dispatcher = _dispatcher(dispatch, latency, capabilities.max_batch)
-    capabilities = _all_prompts_at_once(capabilities) if padded else capabilities
+    dispatcher = _dispatcher(dispatch, latency, capabilities)
     # Each instance draws for itself.
-    options: dict[str, Any] = dict(fleet.parameters, profile=latency)
+    options: dict[str, Any] = dict(fleet.parameters, profile=latency, period=plan_every)
     return run_cluster(
         source,
-        capabilities,
+        _all_prompts_at_once(capabilities) if padded else capabilities,
         apart.roles if apart else [Role.MIXED] * count,
         lambda i: presets.build(fleet.preset, seed=(seed << 16) + i, **options),
         latency,
@@ -119,10 +121,14 @@ def _all_prompts_at_once(machine: Capabilities) -> Capabilities:
     return replace(machine, max_step_tokens=machine.max_batch * machine.max_request_tokens)
 
 
-def _dispatcher(policy: DispatchPolicy, latency: LatencyModel, max_batch: int) -> Dispatcher:
+def _dispatcher(policy: DispatchPolicy, latency: LatencyModel, machine: Capabilities) -> Dispatcher:
     """With prices, if it needs them."""
     if not policy.needs_cost:
         return Dispatcher(policy)
     tokens, safety = policy.priced_tokens, policy.safety
     model = price(latency).model
-    return Dispatcher(policy, cost_of(model, slice_tokens=tokens, safety=safety, most=max_batch))
+    cost = cost_of(
+        model, slice_tokens=tokens, safety=safety, most=machine.max_batch,
+        block_size=machine.block_size,
+    )  # fmt: skip
+    return Dispatcher(policy, cost)

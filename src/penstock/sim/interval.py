@@ -10,6 +10,12 @@ from typing import NamedTuple
 LEVEL = 0.95
 """Confidence of all intervals here."""
 
+SAME_LOAD = (
+    "the trace's own times and lengths are the same under every seed: the interval holds "
+    "the spread of the policy's draws alone, not that of the load"
+)
+"""What to say with an interval over seeds of a trace at its own times."""
+
 # Student's t at 97.5 %, for 1 to 30 degrees of freedom.
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,

@@ -27,6 +27,7 @@ from penstock.core.snapshot import Snapshot
 from penstock.core.types import FinishReason, RequestId
 from penstock.sim.execute import simulate_spec
 from penstock.sim.run import Run, Seen
+from penstock.sim.sources import first_try
 from penstock.sim.spec import RunSpec, policy_of
 from penstock.sim.study import COLD_START
 
@@ -207,8 +208,7 @@ class _Watcher:
         drawn = self._history.draw_running(uniform, generated, columns.cap, binding=view.caps_bind)
         steps = np.maximum(0, drawn - (generated + 1)) + lag
         peaks = [peak(columns.tokens, row, view.block_size) for row in steps]
-        # A further try at request 7 is named 7~1.
-        true = np.array([self._lengths[int(name.partition("~")[0])] for name in columns.ids])
+        true = np.array([self._lengths[int(first_try(name))] for name in columns.ids])
         if self._cap is not None:
             true = np.minimum(true, self._cap)
         left = np.maximum(0, true - (generated + 1)) + lag

@@ -14,6 +14,7 @@ from penstock.bench.result import seconds, share
 from penstock.bench.workload import Workload
 from penstock.sim import figures
 from penstock.sim.figures import Curve, Timeline, colour, svg
+from penstock.sim.interval import SAME_LOAD
 from penstock.sim.outcome import attempt_of
 from penstock.sim.page import Key, Picture, Section, Table, write
 from penstock.sim.result import ClassResult
@@ -88,6 +89,8 @@ def sweep_report(cells: Sequence[Cell], path: Path, show: float | None = None) -
         notes.append("what happened over time is not drawn for runs with a dispatcher")
     if seeds > 1:
         notes.append("bands and ± are Student's 95 % intervals of the mean over seeds")
+        if found[0].spec.arrivals == "trace":
+            notes.append(SAME_LOAD)
     settings = msgspec.to_builtins(found[0].spec)
     write(path, "Goodput against load", sections, lead=lead, notes=notes, settings=settings)
 

@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.bench.goodput import BOUNDS
 from penstock.bench.result import seconds, share
-from penstock.bench.workload import Workload
+from penstock.bench.workload import Workload, parse_slo
 from penstock.sim.cluster_run import ClusterRun
 from penstock.sim.execute import cluster_of, simulate_spec
 from penstock.sim.observe import Observation, observed
 from penstock.sim.outcome import attempt_of
 from penstock.sim.result import RunResult, result_of
 from penstock.sim.run import Run
-from penstock.sim.spec import RunSpec, checked_workload, workload_of
+from penstock.sim.spec import RunSpec, SpecError, checked_workload, workload_of
 from penstock.sim.study import Behaviour, behaviour_of
 
 if TYPE_CHECKING:
     import polars as pl
+
+
+_OF_THE_WORKLOAD = frozenset(
+    {"trace", "lengths", "input", "output", "scale", "requests", "rate", "arrivals"}
+)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -154,7 +159,7 @@ def simulate(
         preset: one of ``penstock presets``.
         kv_tokens: KV memory, in tokens.
         workload: the requests, as :mod:`penstock.bench.workload` makes them; by default what
-            the settings say.
+            the settings say.  With ``slo`` among those it gets these classes.
         settings: further fields of :class:`penstock.sim.spec.RunSpec`, such as ``profile``,
             ``clients``, ``rate``, ``trace``, ``slo``, ``parameters`` or ``seed``.
 
@@ -168,6 +173,11 @@ def simulate(
     spec = RunSpec(preset=preset, kv_tokens=kv_tokens, **settings)
     if workload is None:
         return simulation_of(spec, workload_of(spec))
+    for name in _OF_THE_WORKLOAD & settings.keys():
+        msg = f"{name} is {settings[name]!r}; a workload that is given has its own"
+        raise SpecError(msg)
+    if spec.slo:
+        workload = workload.with_classes(parse_slo(spec.slo), spec.seed)
     return simulation_of(spec, checked_workload(spec, workload))
 
 

@@ -61,12 +61,12 @@ def price(latency: LatencyModel) -> Priced:
 
 
 def cost_of(
-    model: Bilinear, *, slice_tokens: int, safety: float, most: int
+    model: Bilinear, *, slice_tokens: int, safety: float, most: int, block_size: int = 1
 ) -> Callable[[int], SliceCost]:
     """What a dispatcher asks for: prices on instances with so many KV tokens."""
 
     def cost(kv_tokens: int) -> SliceCost:
-        return SliceCost(model, slice_tokens, max(1, int(safety * kv_tokens)), most)
+        return SliceCost(model, slice_tokens, max(1, int(safety * kv_tokens)), most, block_size)
 
     return cost
 

@@ -7,8 +7,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
+from penstock.core.types import RequestId
 from penstock.sim.outcome import attempt_of
 from penstock.sim.run import Job, Record
+
+_AGAIN = "+"  # a dispatcher names the slices of request 7 7~1, 7~2, ...
+
+
+def first_try(name: RequestId) -> RequestId:
+    """The id of a job's first try: the second at job 7 is named 7+1."""
+    return name.partition(_AGAIN)[0]
 
 
 class OpenLoop:
@@ -104,5 +112,5 @@ class ClosedLoop:
         job = record.job
         if job.attempt < self._retries and not self._met(record):
             again = job.attempt + 1
-            name = job.id.partition("~")[0]
-            self._jobs.append(job._replace(id=f"{name}~{again}", attempt=again))
+            name = first_try(job.id)
+            self._jobs.append(job._replace(id=f"{name}{_AGAIN}{again}", attempt=again))

@@ -141,6 +141,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if self.pooled and self.steps_only:
             msg = f"preset {self.preset} with place {self.place} needs a profile, not steps_only"
             raise SpecError(msg)
+        if self.steps_only and self.prefix_cache:
+            msg = "prefix_cache is true; steps_only counts every request's tokens as its own"
+            raise SpecError(msg)
         self._check_roles()
         static = self.preset == "sls" or (
             self.preset in FLEETS and FLEETS[self.preset].instance == "sls"
@@ -323,18 +326,17 @@ def capabilities_of(spec: RunSpec) -> Capabilities:
     )
 
 
-def policy_of(spec: RunSpec) -> Policy:
-    """Its policy, fresh; that of each instance, if a dispatcher stands before them.
+def policy_of(spec: RunSpec, instance: int = 0) -> Policy:
+    """Its policy, fresh; of one instance, where several run without a dispatcher.
 
     Raises:
         ValueError: an unknown preset or place, or a parameter that the preset does not have or
             cannot take.
     """
     parameters: dict[str, Any] = dict(spec.parameters)
-    for name in ("order", "period", "seed", "token_budget"):
-        if name in parameters:
-            msg = f"parameters has {name!r}, which is no parameter of a preset"
-            raise SpecError(msg)
+    for name in presets.OPTIONS.intersection(parameters):
+        msg = f"parameters has {name!r}, which is no parameter of a preset"
+        raise SpecError(msg)
     if spec.preset not in presets.PRESETS and spec.preset not in FLEETS:
         known = ", ".join((*presets.PRESETS, *FLEETS))
         msg = f"preset {spec.preset!r} is unknown; known are: {known}"
@@ -342,9 +344,13 @@ def policy_of(spec: RunSpec) -> Policy:
     if spec.pooled:
         fleet = fleet_of(spec.preset, spec.place, spec.seed, spec.parameters)
         options: dict[str, Any] = dict(fleet.parameters)
-        return presets.build(fleet.preset, seed=spec.seed, **options)
+        return presets.build(fleet.preset, seed=spec.seed, period=spec.plan_every, **options)
+    if presets.PRESETS[spec.preset].pack == "slack-literal":
+        parameters["profile"] = latency_model(spec)
+    # Each instance draws for itself.
+    seed = spec.seed if instance == 0 else (spec.seed << 16) + instance
     build = study_policy if spec.steps_only else presets.build
-    return build(spec.preset, seed=spec.seed, period=spec.plan_every, **parameters)
+    return build(spec.preset, seed=seed, period=spec.plan_every, **parameters)
 
 
 def latency_model(spec: RunSpec) -> LatencyModel:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from penstock.core.forecast.occupancy import peak
+from penstock.core.memory import blocks_for
 from penstock.core.policies import presets
 from penstock.core.policies.admit.aggressive import Aggressive
 from penstock.core.policies.admit.conservative import Conservative
@@ -30,6 +31,7 @@ from penstock.core.policies.base import ADMIT, Admit, Answer, Defer, Judge, Poli
 from penstock.core.snapshot import Candidate, Ints, Snapshot
 from penstock.core.types import Ended, RequestId
 from penstock.sim.run import Job, Run
+from penstock.sim.sources import first_try
 
 COLD_START = 512
 """Output length that the artifact's simulator assumes before anything has ended."""
@@ -83,16 +85,17 @@ class PromptWatermark:
 
         def answer(candidate: Candidate) -> Answer:
             nonlocal used
-            prompt = candidate.request.prompt_tokens
+            prompt = blocks_for(candidate.request.prompt_tokens, view.block_size)
             if used + prompt >= limit:
                 return Defer(
-                    f"KV memory: {used} tokens used and a prompt of {prompt} "
+                    f"KV memory: {used} blocks used and a prompt of {prompt} "
                     f"are not below the watermark's {limit:.0f}"
                 )
-            used += candidate.tokens
-            if used + 1 > view.capacity:
+            most = used + blocks_for(candidate.tokens + 1, view.block_size)
+            used += candidate.blocks
+            if most > view.capacity:
                 self.bounced[candidate.request.id] += 1
-                return Defer(f"KV memory: {used + 1} tokens do not fit {view.capacity}")
+                return Defer(f"KV memory: {most} blocks do not fit {view.capacity}")
             return ADMIT
 
         return answer
@@ -139,11 +142,12 @@ class Overbooked:
             said = reserve(candidate)
             if not isinstance(said, Admit):
                 return said
-            used += candidate.tokens
-            if used + 1 > view.capacity:
+            most = used + blocks_for(candidate.tokens + 1, view.block_size)
+            used += candidate.blocks
+            if most > view.capacity:
                 self.bounced[candidate.request.id] += 1
                 self._bounce_behind(candidate, reserve, {*view.columns.ids, *started})
-                return Defer(f"KV memory: {used + 1} tokens do not fit {view.capacity}")
+                return Defer(f"KV memory: {most} blocks do not fit {view.capacity}")
             started.append(candidate.request.id)
             return said
 
@@ -154,7 +158,7 @@ class Overbooked:
         for name in self._line[first.seq + 1 :]:
             if name in holding or name in self._ended:
                 continue
-            job = self.jobs[name.partition("~")[0]]
+            job = self.jobs[first_try(name)]
             request = replace(first.request, id=name, prompt_tokens=job.prompt, cap=job.cap)
             if not isinstance(reserve(first._replace(request=request)), Admit):
                 return

@@ -18,7 +18,7 @@ from penstock import __version__
 from penstock.bench.result import command_line, machine, seconds, share
 from penstock.sim.command import MachineOptions, RequestOptions
 from penstock.sim.grid import grid, parse_axes
-from penstock.sim.interval import Interval
+from penstock.sim.interval import SAME_LOAD, Interval
 from penstock.sim.output import STDOUT, check_targets, write_json
 from penstock.sim.parallel import default_workers, outcomes
 from penstock.sim.sweep import Cell, Group, Runner, frame, groups, sweep, varying
@@ -173,7 +173,10 @@ def _write(cells: Sequence[Cell], runs: GridOptions) -> None:
             line = f"failed: {cell.spec.policy_name}, {cell.spec.load:g} {cell.spec.load_unit}, "
             line += f"seed {cell.spec.seed}: {cell.error}"
             console.print(line, highlight=False, markup=False)
-    for note in sorted({note for cell in cells if cell.result for note in cell.result.notes}):
+    notes = {note for cell in cells if cell.result for note in cell.result.notes}
+    if len({cell.spec.seed for cell in cells}) > 1:
+        notes |= {SAME_LOAD for cell in cells if cell.spec.arrivals == "trace"}
+    for note in sorted(notes):
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"in {runs.out}: sweep.json, sweep.parquet", highlight=False, markup=False)
 

@@ -44,6 +44,7 @@ class Track:
     gap: float | None = None
     segment: int = 0
     swapped: int = 0
+    started: bool = False
     stretches: list[Stretch] = field(default_factory=list)
 
     def sampled(self, at: float) -> None:

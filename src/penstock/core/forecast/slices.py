@@ -26,6 +26,7 @@ class SliceCost:
         tokens: S, the slice's length.
         room: KV tokens that a batch may hold: the capacity times the safety share.
         most: most requests of a batch.
+        block_size: KV tokens in a block; a request holds whole ones.
 
     Raises:
         ValueError: a number is out of range.
@@ -35,9 +36,10 @@ class SliceCost:
     tokens: int
     room: int
     most: int
+    block_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "room", "most"):
+        for name in ("tokens", "room", "most", "block_size"):
             value = getattr(self, name)
             if value < 1:
                 msg = f"slice.{name} is {value}; it must be at least 1"
@@ -58,4 +60,5 @@ class SliceCost:
 
     def fits(self, length: int) -> int:
         """Most requests of a batch whose longest has this length; one fits in any case."""
-        return max(1, min(self.most, self.room // (length + self.tokens)))
+        blocks = -(-(length + self.tokens) // self.block_size)
+        return max(1, min(self.most, self.room // (blocks * self.block_size)))

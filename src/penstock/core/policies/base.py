@@ -29,10 +29,9 @@ class Defer:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Never: end it as rejected.  ``retry_after`` (seconds) if trying again later may help."""
+    """Never: end it as rejected, and say why."""
 
     reason: str
-    retry_after: float | None = None
 
 
 Answer: TypeAlias = Admit | Defer | Reject
@@ -155,6 +154,8 @@ class Policy:
     Attributes:
         period: steps from one admission pass to the next (``max_wait_tokens`` in LightLLM).
         per_pass: most requests admitted in one pass; 0 is no limit.
+        at_once: a pass goes on where the step has no tokens left for prompts: a static batch
+            enters whole, and who has no chunk yet has one later.
         rank: an order that is asked before every step, instead of ``order``; None: ``order``.
         pack: which decoding requests advance; None: all.
     """
@@ -165,6 +166,7 @@ class Policy:
     victim: VictimPolicy
     period: int = 1
     per_pass: int = 0
+    at_once: bool = False
     rank: RankPolicy | None = None
     pack: PackPolicy | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -132,7 +133,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "past-future-artifact",
                 "Past-Future: the parameters of the authors' artifact server",
                 "past-future",
-                PastFuture,
+                partial(PastFuture, holds=2),
                 MappingProxyType({"window": 40, "reserve": 0.05, "cold_start": 6000}),
                 period=2,
                 per_pass=1,
@@ -204,6 +205,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 """Presets by name."""
 
 
+OPTIONS = frozenset({"name", "seed", "order", "period", "token_budget", "profile"})
+"""What :func:`build` takes by itself: words that no preset has as a parameter."""
+
+
 def build(
     name: str,
     *,
@@ -247,6 +252,7 @@ def build(
         victim=LatestArrived(),
         period=preset.period if period is None else period,
         per_pass=preset.per_pass,
+        at_once=preset.share == "static",
         rank=_rank(order_name, ranking) if ranks else None,
         pack=_pack(preset.pack, packing, profile),
     )

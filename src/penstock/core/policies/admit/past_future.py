@@ -50,15 +50,15 @@ class PastFuture:
         window: past output lengths kept.
         reserve: share of the capacity kept free against forecast errors, in [0, 1).
         cold_start: output length assumed before anything has ended; None is each request's cap.
+        holds: decode steps for which a refusal holds; LightLLM's ``max_wait_tokens``.
     """
 
     rng: np.random.Generator
     window: int = 1000
     reserve: float = 0.03
     cold_start: int | None = None
+    holds: int = 10
     history: LengthHistory = field(init=False)
-
-    holds = 10  # LightLLM's max_wait_tokens
 
     def __post_init__(self) -> None:
         if not 0 <= self.reserve < 1:
