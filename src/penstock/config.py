@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from penstock.settings import Config, Section
 
 ENV_PREFIX = "PENSTOCK_"
+_OF_OTHERS = frozenset({"PENSTOCK_ROUTE_API_KEY"})  # read by ``penstock route``
 _OF_A_SERVICE = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 BOUNDS = ("ttft", "tpot", "gap", "e2e")
 SLO_FORM = "name=ttft:0.5,tpot:0.03,gap:0.2,e2e:10,on_miss:keep|demote|expire"
@@ -99,7 +100,7 @@ def _merge_environ(environ: Mapping[str, str], tree: Tree, sources: Sources) -> 
     for key in sorted(environ):
         if not key.startswith(ENV_PREFIX):
             continue
-        if _is_of_kubernetes(key.removeprefix(ENV_PREFIX), environ[key]):
+        if key in _OF_OTHERS or _is_of_kubernetes(key.removeprefix(ENV_PREFIX), environ[key]):
             continue
         if key not in known:
             msg = f"{key} is not a setting of penstock; 'penstock config --help' lists them"

@@ -116,6 +116,10 @@ def test_what_kubernetes_says_of_a_service_of_this_name_is_no_setting() -> None:
     assert load(environ=environ) == Config()
 
 
+def test_the_routers_key_is_no_setting_of_the_server() -> None:
+    assert load(environ={"PENSTOCK_ROUTE_API_KEY": "key"}) == Config()
+
+
 def test_parameters_on_the_command_line_keep_their_fractions() -> None:
     said = penstock("config", "--parameters.reserve", "0.05", "--parameters.window", "40")
     assert "parameters = {reserve = 0.05, window = 40}" in said.stdout, said
@@ -193,6 +197,7 @@ def test_bad_settings_are_refused_before_anything_is_loaded(
             ({"preset": "best"}, "known are"),
             ({"parameters": {"watermark": 0.5}}, "no parameter 'watermark'"),
             ({"preset": "vllm", "parameters": {"watermark": 7}}, "watermark"),
+            ({"parameters": {"seed": 1}}, "'seed' is no parameter of a preset"),
             ({"max_batch": 100, "max_step_tokens": 50}, "--max-step-tokens 50"),
             ({"model": "absent-model"}, "absent-model"),
             ({"config": Path("absent.toml")}, "absent.toml"),

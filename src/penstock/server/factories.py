@@ -169,6 +169,9 @@ def build_policy(
     Raises:
         ValueError: an unknown name or a value out of range; it names the parameter.
     """
+    for name in presets.OPTIONS.intersection(parameters):
+        msg = f"{name!r} is no parameter of a preset; some of these are settings of their own"
+        raise ValueError(msg)
     options: dict[str, Any] = dict(parameters)
     return presets.build(preset, seed=seed, order=order, **options)
 
