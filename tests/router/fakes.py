@@ -38,13 +38,20 @@ class Fault:
     """What a request meets instead of an answer.
 
     ``after`` tokens it is answered with ``status``; the connection breaks if that is 0, and nothing
-    more comes if it is -1.
+    more comes if it is -1.  A body of bytes is sent as it is, any other one as JSON.
     """
 
     after: int = 0
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     body: Any = None
+    delay: float = 0.0
+
+    async def answer(self) -> Response:
+        await asyncio.sleep(self.delay)
+        if isinstance(self.body, bytes):
+            return Response(self.body, self.status, self.headers)
+        return JSONResponse(self.body or {}, self.status, self.headers)
 
 
 def said(first: int, last: int) -> str:
@@ -80,6 +87,7 @@ class Fake:
         ids: it returns token ids.
         halves: tokens that are no multiple of 3 are parts of characters: without text of their
             own, written U+FFFD at the end of an answer, and lost at the end of a prompt.
+        mute: tokens have no text at all.
         last: the token that ends every answer.
     """
 
@@ -89,13 +97,15 @@ class Fake:
         ids: bool = True,
         model: str = "fake",
         halves: bool = False,
+        mute: bool = False,
         last: int = 1 << 30,
         context: int | None = None,
     ) -> None:
-        self.ids, self.model, self.halves = ids, model, halves
+        self.ids, self.model, self.halves, self.mute = ids, model, halves, mute
         self.last, self.context = last, context
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
+        self.listing: bytes | None = None  # instead of its models
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.left = 0
@@ -128,6 +138,8 @@ class Fake:
 
     async def _models(self, request: Request) -> Response:
         del request
+        if self.listing is not None:
+            return Response(self.listing)
         entry: dict[str, Any] = {"id": self.model, "object": "model"}
         if self.context is not None:
             entry["max_model_len"] = self.context
@@ -139,16 +151,20 @@ class Fake:
         self.headers.append(dict(request.headers))
         fault = self.always or (self.faults.popleft() if self.faults else None)
         if fault is not None and fault.status > 0:
-            return JSONResponse(fault.body or {}, fault.status, fault.headers)
+            return await fault.answer()
         if not body.get("stream"):
             return JSONResponse({"choices": [{"text": "whole", "index": 0}]})
         return StreamingResponse(self._stream(body, fault), media_type="text/event-stream")
 
     async def _chat(self, request: Request) -> Response:
-        self.bodies.append(await request.json())
+        body = await request.json()
+        self.bodies.append(body)
         fault = self.always or (self.faults.popleft() if self.faults else None)
         if fault is not None and fault.status > 0:
-            return JSONResponse({}, fault.status, fault.headers)
+            return await fault.answer()
+        if not body.get("stream"):
+            await asyncio.sleep(self.pace)
+            return JSONResponse({"choices": [{"message": {"content": "whole"}}]})
 
         async def events() -> AsyncIterator[bytes]:
             for number in range(4):
@@ -189,6 +205,8 @@ class Fake:
             raise
 
     def _text(self, token: int, before: int, last: int) -> str:
+        if self.mute:
+            return ""
         if not self.halves:
             return f" w{token}"
         if token % 3:

@@ -70,6 +70,9 @@ def test_a_list_of_one_is_that_one() -> None:
         ({"max_tokens": True}, "max_tokens"),
         ({"stop": [""]}, "stop"),
         ({"stop": 5}, "stop"),
+        ({"stop": ["x"] * 65}, "stop"),
+        ({"stop": ["x", "y" * 1025]}, "stop"),
+        ({"stop": "y" * 1025}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": 1}, "stream_options"),
@@ -83,6 +86,11 @@ def test_what_must_be_understood_is_checked(more: dict[str, Any], param: str) ->
     with pytest.raises(ApiError) as error:
         parse({**PLAIN, **more})
     assert (error.value.status, error.value.param) == (400, param)
+
+
+def test_many_long_stop_strings_are_taken() -> None:
+    stops = [f"{number:1024}" for number in range(64)]
+    assert parse({**PLAIN, "stop": stops}).stop == tuple(stops)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +156,22 @@ def test_flags_are_refused_by_name(flags: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         Settings(**{"backend": ("http://a",), **flags}).checked()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hush@gpu:8000",
+        "http://hush@gpu:8000",
+        "user:hush@gpu:8000",
+        "http://user:hush#1@gpu:8000",
+        "http://user:hush/1@gpu:8000",
+        "http://user:hush@1@gpu:8000",
+    ],
+)
+def test_credentials_in_an_address_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="--backend") as error:
+        Settings(backend=("http://a", url)).checked()
+    assert "hush" not in str(error.value)
+    assert "@gpu:8000" in str(error.value)
+    assert "--api-key" in str(error.value)

@@ -61,6 +61,13 @@ def test_a_rest_that_was_asked_for_is_no_failure(circuit: Circuit, clock: Clock)
     assert circuit.free_at == clock.now + 5  # no header takes a backend away for an hour
 
 
+def test_a_rest_is_never_nothing(circuit: Circuit, clock: Clock) -> None:
+    circuit.busy(0)
+    assert not circuit.available
+    clock.now += 0.1
+    assert circuit.available
+
+
 def open_again(circuit: Circuit) -> None:
     while not circuit.failure():
         pass

@@ -351,6 +351,9 @@ async def test_models_and_draining() -> None:
         assert (await router.client.get("/v1/models")).json()["data"][0]["id"] == "fake"
         assert (await router.client.get("/v1/models/fake")).status_code == 200
         assert (await router.client.get("/v1/models/none")).status_code == 404
+        assert (await router.client.get("/v1/models/made/up")).status_code == 404
+        refused = 'router_requests_total{route="/v1/models/{model}",status="404"} 2.0'
+        assert refused in router.service.pool.exposition().decode()
         router.service.draining = True
         answer = await router.post(3)
         assert answer.status_code == 503

@@ -3,7 +3,8 @@
 The last tokens of a slice may be part of a character, whose text a server says only with the
 next token, or writes as U+FFFD when there is none.  So a piece without text, or that ends in
 U+FFFD, is not settled before text follows it; what is not settled when a slice ends is dropped,
-and made again by the next slice.  So the joined text is that of one long answer.
+and made again by the next slice.  So the joined text is that of one long answer.  No more than a
+character's tokens are dropped: a longer run has no text at all, and would be made again for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from penstock.server.errors import ApiError
 from penstock.text.stop import StopStrings
 
 _INCOMPLETE = "\ufffd"
+_CHARACTER = 8  # tokens; UTF-8 has up to four bytes for one, so this is twice what can be
 
 
 class Answer:
@@ -88,13 +90,14 @@ class Answer:
         """More of the slice; False once a stop string has come up: nothing more is needed."""
         if piece.prompt_ids and self._ids is None and self.generated == self._begin:
             self._ids = list(piece.prompt_ids)
+            self._note_prompt(len(piece.prompt_ids))
         if piece.usage is not None:
-            self.prompt_tokens = self.prompt_tokens or piece.usage[0]
+            self._note_prompt(piece.usage[0])
             if not self._exact:
                 self._counted = True
                 self.generated = self._begin + piece.usage[1]
         if piece.text or piece.ids:
-            self._loose.append(piece)
+            self._loose += _singly(piece)
             self._exact &= piece.ids is not None
         if piece.text and not piece.text.endswith(_INCOMPLETE):
             self._settle()
@@ -109,12 +112,10 @@ class Answer:
         Args:
             finish: the backend's reason; None if it was cut.
         """
-        loose = sum(len(piece.ids or ()) for piece in self._loose)
         if finish is None and self.full:
             finish = "length"
-        if finish is None or (finish == "length" and not self._nothing_left(loose)):
-            self.dropped = loose
-            self._loose.clear()
+        if finish is None or (finish == "length" and not self._nothing_left()):
+            self._drop()
             return False
         self.dropped = 0
         self._settle()
@@ -136,14 +137,28 @@ class Answer:
         text, self.pending = self.pending, ""
         return text
 
-    def _nothing_left(self, loose: int) -> bool:
+    def _nothing_left(self) -> bool:
         """Whether a slice that ended for its length is the last one.
 
         One that is shorter than it might have been has met a limit of the backend's.
         """
+        loose = sum(len(piece.ids or ()) for piece in self._loose)
         gained = self.generated + loose - self._begin
         short = gained < self._asked if self._exact or self._counted else gained == 0
         return short or self._begin + gained >= self.body.cap
+
+    def _note_prompt(self, tokens: int) -> None:
+        """A slice's prompt has so many tokens: the client's, and the output before the slice."""
+        self.prompt_tokens = self.prompt_tokens or max(0, tokens - self._begin)
+
+    def _drop(self) -> None:
+        """Forget what may be the beginning of a character, and settle what is before that."""
+        at, self.dropped = len(self._loose), 0
+        while at and self.dropped < _CHARACTER:
+            at -= 1
+            self.dropped += len(self._loose[at].ids or ())
+        del self._loose[at:]
+        self._settle()
 
     def _settle(self) -> None:
         for piece in self._loose:
@@ -165,3 +180,10 @@ class Answer:
             self.pending += self._stops.finish()
         self.finish = finish
         self.mailbox.ring()
+
+
+def _singly(piece: Piece) -> list[Piece]:
+    """Tokens without text, which say nothing of each other, each by itself."""
+    if piece.text or piece.ids is None:
+        return [piece]
+    return [Piece("", [token]) for token in piece.ids]

@@ -27,6 +27,7 @@ from penstock.settings import HttpConfig
 LIMITS = HttpConfig()
 """How large requests may be: as large as the server's are by default."""
 
+_MODEL = "/v1/models/{model}"
 Handler = Callable[[bytes, Mapping[str, str]], ASGIApp]
 
 
@@ -38,7 +39,7 @@ def build_app(service: Service) -> ASGIApp:
             Route("/v1/chat/completions", routes.answered(service.chat), methods=["POST"]),
             Route("/v1/completions", routes.answered(service.complete), methods=["POST"]),
             Route("/v1/models", routes.models),
-            Route("/v1/models/{model:path}", routes.model),
+            Route(_MODEL.replace("}", ":path}"), routes.model),
             Route("/health", routes.health),
             Route("/ready", routes.ready),
             Route("/metrics", routes.metrics),
@@ -102,5 +103,7 @@ class _Routes:
     async def on_api_error(self, request: Request, error: Exception) -> Response:
         """Answer a refusal, and write it down."""
         assert isinstance(error, ApiError)
-        refused(self._service, request.url.path, error)
+        # What a client writes must not become a label: each one is kept for ever.
+        route = _MODEL if request.path_params else request.url.path
+        refused(self._service, route, request.url.path, error)
         return error_response(error)

@@ -11,13 +11,15 @@ import aiohttp
 import msgspec
 
 from penstock.router.circuit import Circuit
-from penstock.router.failures import BackendError, Kind, error_in_stream, error_of
+from penstock.router.failures import NOT_JSON, BackendError, Kind, error_in_stream, error_of
 from penstock.server.errors import ApiError
 
 _CONNECT_SECONDS = 5.0
 # Less than the 5 seconds after which uvicorn, and vLLM with it, closes an idle connection: a
 # request that meets a connection which is being closed would count as a failure.
 _KEEP_ALIVE = 3.0
+# An answer that comes whole has no byte before its end, however well the backend works on it.
+_UNTIL_THE_END = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
 _BROKEN = frozenset({"abort", "error"})
 
 
@@ -64,7 +66,7 @@ def open_session(gap_timeout: float) -> aiohttp.ClientSession:
     """Connections to all backends.
 
     Args:
-        gap_timeout: seconds of silence after which a read fails.
+        gap_timeout: seconds of silence after which a read fails, where nothing else is said.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE),
@@ -97,9 +99,12 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def post(
-        self, path: str, body: bytes, headers: Mapping[str, str]
+        self, path: str, body: bytes, headers: Mapping[str, str], *, stream: bool = True
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer whose status is good.
+
+        Args:
+            stream: whether it comes bit by bit, so that silence is a failure.
 
         Raises:
             BackendError: it failed, now or while its body was read.
@@ -109,7 +114,11 @@ class Backend:
         with self._failures():
             # A redirected POST would arrive as a GET.
             sent = self.session.post(
-                self.url + path, data=body, headers=headers, allow_redirects=False
+                self.url + path,
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                timeout=self.session.timeout if stream else _UNTIL_THE_END,
             )
             async with sent as response:
                 if response.status >= 300:
@@ -148,10 +157,10 @@ class Backend:
                 status = response.status
         try:
             data = msgspec.json.decode(raw)["data"]
-            ids = [model["id"] for model in data]
-        except (msgspec.DecodeError, KeyError, TypeError):
-            data, ids = [], []
-        if status != 200 or not ids:
+            usable = bool(data) and all(isinstance(model["id"], str) for model in data)
+        except (*NOT_JSON, KeyError, TypeError):
+            usable = False
+        if status != 200 or not usable:
             shown = raw[:200].decode(errors="replace")
             msg = f"GET /v1/models answered HTTP {status}, without models: {shown}"
             raise BackendError(Kind.ERROR, self.url, msg)
@@ -191,7 +200,7 @@ class Backend:
     def _piece(self, data: bytes) -> Piece:
         try:
             event = _decode(data)
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             msg = f"an event is not what OpenAI sends: {error}"
             raise BackendError(Kind.ERROR, self.url, msg) from None
         if event.error is not None:

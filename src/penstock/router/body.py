@@ -12,10 +12,14 @@ from typing import Any
 
 import msgspec
 
+from penstock.router.failures import NOT_JSON
 from penstock.server.errors import ApiError, invalid
 
 DEFAULT_TOKENS = 16
 _SEEDS = 1 << 63
+# The router looks for every one of them in every piece of text.
+_MOST_STOPS = 64
+_LONGEST_STOP = 1024
 
 
 def _absent(value: Any) -> bool:
@@ -105,7 +109,7 @@ def decode(raw: bytes, models: Collection[str]) -> dict[str, Any]:
     """
     try:
         body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise invalid(None, f"the body is not JSON: {error}", "invalid_json") from None
     if not isinstance(body, dict):
         raise invalid(None, "the body must be a JSON object", "invalid_json")
@@ -154,16 +158,27 @@ def parse(body: Mapping[str, Any]) -> Completion:
         raise invalid("prompt", msg)
     cap = cap_of(body)
     fields.pop("max_tokens", None)
-    stop = fields.pop("stop", None)
-    stops = [stop] if isinstance(stop, str) else (stop or [])
-    if not isinstance(stops, list) or not all(isinstance(item, str) and item for item in stops):
-        msg = f"stop is {_shown(stop)}; it must be a string that is not empty, or a list of these"
-        raise invalid("stop", msg)
+    stops = _stops(fields.pop("stop", None))
     stream = fields.pop("stream", None)
     if stream not in (None, True, False):
         raise invalid("stream", f"stream is {_shown(stream)}; it must be true or false")
     usage = _include_usage(fields.pop("stream_options", None), stream=bool(stream))
-    return Completion(fields, prompt, cap, tuple(stops), bool(stream), usage)
+    return Completion(fields, prompt, cap, stops, bool(stream), usage)
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else (stop or [])
+    if not isinstance(stops, list) or not all(isinstance(item, str) and item for item in stops):
+        msg = f"stop is {_shown(stop)}; it must be a string that is not empty, or a list of these"
+        raise invalid("stop", msg)
+    if len(stops) > _MOST_STOPS:
+        msg = f"stop is a list of {len(stops)} strings; it must have at most {_MOST_STOPS}"
+        raise invalid("stop", msg)
+    longest = max(map(len, stops), default=0)
+    if longest > _LONGEST_STOP:
+        msg = f"stop has a string of {longest} characters; it must have at most {_LONGEST_STOP}"
+        raise invalid("stop", msg)
+    return tuple(stops)
 
 
 def _include_usage(options: Any, *, stream: bool) -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 
+_LEAST_REST = 0.1  # a backend that wants none would be asked again in a loop
+
 
 class State(StrEnum):
     """Of a circuit."""
@@ -60,8 +62,9 @@ class Circuit:
         return max(self.rest_until, self.busy_until)
 
     def busy(self, seconds: float) -> None:
-        """It asked to be left alone for so long, at most ``max_backoff``; no failure."""
-        self.busy_until = max(self.busy_until, self._clock() + min(seconds, self._most))
+        """It asked to be left alone for so long, 0.1 s to ``max_backoff``; no failure."""
+        seconds = min(max(seconds, _LEAST_REST), self._most)
+        self.busy_until = max(self.busy_until, self._clock() + seconds)
 
     def success(self) -> None:
         """A slice ended well."""

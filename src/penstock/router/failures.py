@@ -10,6 +10,9 @@ import msgspec
 
 from penstock.server.errors import ApiError, unavailable
 
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises: a string may be no UTF-8, and objects may be nested too deep to be read."""
+
 _MOST_WORDS = 500
 
 
@@ -104,7 +107,7 @@ def _fault(raw: bytes) -> dict[str, Any]:
     """The error object: OpenAI's, or the flat one of older servers."""
     try:
         body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         return {}
     if not isinstance(body, dict):
         return {}

@@ -63,6 +63,7 @@ class Stay:
     Attributes:
         slice: ``generated`` is where it begins, ``cap`` where it should end.
         generated: output tokens of its request by now.
+        began: when.
         task: the attempt, once it runs.
     """
 
@@ -70,6 +71,7 @@ class Stay:
     backend: Backend
     slice: Request
     generated: int
+    began: float
     task: asyncio.Task[None] | None = None
 
 
@@ -78,9 +80,11 @@ class Ticket:
     """A request's place with the dispatcher, from its arrival to its end.
 
     Attributes:
-        waits_since: when it came, or its last good slice ended.
+        waits_since: when it came, or its last good slice ended; later by the time that it was at
+            backends which then failed.
         begun: it has output.
         failures: in a row.
+        refusals: by busy backends, in a row.
         final: it cannot be tried again.
         stay: where it is; None while it waits.
         placed: set when there is a stay.
@@ -92,6 +96,7 @@ class Ticket:
     waits_since: float
     begun: bool = False
     failures: int = 0
+    refusals: int = 0
     final: bool = False
     stay: Stay | None = None
     placed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -190,6 +195,7 @@ class Pool:
                 if ticket.final:
                     error = BackendError(Kind.CUT, stay.backend.url, stay.backend.complaint)
                     raise answer_to(error, ticket.failures + 1)
+                ticket.waits_since += self._clock() - stay.began
                 continue  # the circuit opened: it is in the pool again
             outcome = stay.task.exception()
             if not isinstance(outcome, BackendError):
@@ -197,7 +203,8 @@ class Pool:
                     raise outcome
                 self.metrics.on_slice(stay.backend, None)
                 stay.backend.circuit.success()
-                ticket.failures, ticket.waits_since = 0, self._clock()
+                ticket.failures = ticket.refusals = 0
+                ticket.waits_since = self._clock()
                 return
             self._on_failure(ticket, stay, outcome)
 
@@ -237,9 +244,11 @@ class Pool:
         self._dispatcher.join(backend.number, backend.max_tokens or _UNKNOWN_MEMORY)
 
     async def _turn(self, ticket: Ticket) -> Stay:
+        left = ticket.waits_since + self._settings.max_wait - self._clock()
+        if left <= 0 and ticket.refusals >= len(self.backends):
+            raise self._nobody()  # while backends take turns at being busy, it never has to wait
         try:
-            until = ticket.waits_since + self._settings.max_wait
-            async with asyncio.timeout(max(0.0, until - self._clock())):
+            async with asyncio.timeout(max(0.0, left)):
                 self._pump()
                 if ticket.stay is None and not ticket.begun:
                     self._refuse_if_busy()
@@ -274,13 +283,17 @@ class Pool:
         name = self._dispatcher.whole(part.id)
         assert name is not None
         ticket = self._tickets[name]
-        ticket.stay = Stay(ticket, backend, part, part.generated)
+        ticket.stay = Stay(ticket, backend, part, part.generated, self._clock())
         ticket.placed.set()
 
     def _on_failure(self, ticket: Ticket, stay: Stay, error: BackendError) -> None:
         backend = stay.backend
         self.metrics.on_slice(backend, error.kind)
-        ticket.failures += error.kind is not Kind.BUSY
+        if error.kind is Kind.BUSY:
+            ticket.refusals += 1
+        else:
+            ticket.failures += 1
+            ticket.waits_since += self._clock() - stay.began
         ticket.last = error
         backend.complaint = str(error)
         self._log.warning(
@@ -330,14 +343,20 @@ class Pool:
             try:
                 await self._probe(backend)
             except BackendError as error:
-                backend.complaint = str(error)
-                circuit.probed(ok=False)
-                self._log.warning("probe_failed", backend=backend.url, error=str(error))
+                self._on_failed_probe(backend, str(error))
+            except Exception as error:  # noqa: BLE001 - else it would never be probed again
+                words = f"{backend.url}: the probe ended with {type(error).__name__}"
+                self._on_failed_probe(backend, words, exc_info=True)
             else:
                 circuit.probed(ok=True)
         self._log.info("circuit_closed", backend=backend.url)
         self._join(backend)
         self._pump()
+
+    def _on_failed_probe(self, backend: Backend, words: str, **more: Any) -> None:
+        backend.complaint = words
+        backend.circuit.probed(ok=False)
+        self._log.warning("probe_failed", backend=backend.url, error=words, **more)
 
     async def _probe(self, backend: Backend) -> None:
         served = [model["id"] for model in await backend.models()]

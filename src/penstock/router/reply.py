@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from penstock.core.types import Request
 from penstock.router.answer import Answer
+from penstock.router.failures import BackendError, Kind
 from penstock.router.pool import Pool, Stay, Ticket
 from penstock.router.slices import run
 from penstock.server.errors import ApiError
@@ -236,7 +237,9 @@ class ForwardedReply(_Reply):
             await self._whole(send, 200, "application/json", self._answer, {})
 
     async def _attempt(self, stay: Stay, ticket: Ticket, send: Send) -> None:
-        async with stay.backend.post(self._path, self._body, self._headers) as response:
+        async with stay.backend.post(
+            self._path, self._body, self._headers, stream=self._streams
+        ) as response:
             if not self._streams:
                 self._answer = await response.read()
                 return
@@ -245,6 +248,8 @@ class ForwardedReply(_Reply):
                     self._started = ticket.final = True
                     await self._start(send, 200, "text/event-stream", _NO_CACHE)
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if not self._started:
+            raise BackendError(Kind.CUT, stay.backend.url, "the stream ended without a byte")
 
 
 async def _until_left(receive: Receive) -> None:

@@ -129,9 +129,13 @@ class Service:
         return end
 
 
-def refused(service: Service, path: str, error: ApiError) -> None:
-    """Write down a request that got no reply."""
-    service.pool.metrics.on_end(path, error.status, 0)
+def refused(service: Service, route: str, path: str, error: ApiError) -> None:
+    """Write down a request that got no reply.
+
+    Args:
+        route: the path with the names of its parameters instead of their values.
+    """
+    service.pool.metrics.on_end(route, error.status, 0)
     service.log.info(
         "request_refused",
         path=path,

@@ -35,8 +35,10 @@ class Settings:
         slice_tokens: Most output tokens that a request gets before any backend may go on with
             it; 0: requests go whole.
         place: round-robin, least-outstanding, power-of-two or max-min.
-        gap_timeout: Seconds without a chunk, the first included, after which a backend has failed.
-        max_wait: Most seconds that a request waits for a backend that may take it.
+        gap_timeout: Seconds without a chunk of a stream, the first included, after which a backend
+            has failed.
+        max_wait: Most seconds that a request waits, between two slices, for a backend that may
+            take it.
         retries: Failures in a row that a request survives.
         failures: Failures in a row that open a backend's circuit.
         backoff: Seconds until an open circuit is first probed; doubled after each failure.
@@ -128,6 +130,11 @@ def _flag(name: str) -> str:
 
 
 def _root(url: str) -> str:
+    _, at, after = url.rpartition("@")
+    if at:
+        msg = f"--backend ...@{after} holds credentials, which logs and metrics would show;"
+        hint = "it must be an address such as http://gpu1:8000; a key is given by --api-key"
+        raise ConfigError(f"{msg} {hint}")
     try:
         parts = urlsplit(url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
