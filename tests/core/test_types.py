@@ -102,7 +102,7 @@ def test_the_scripted_engine_is_an_engine() -> None:
         ("top_p", nan, r"\(0, 1\]"),
         ("top_k", -1, r"\[0, "),
         ("min_p", 1.5, r"\[0, 1\]"),
-        ("repetition_penalty", 0.0, r"\(0, 10\]"),
+        ("repetition_penalty", 0.0, r"\[0\.01, 10\]"),
         ("presence_penalty", -2.5, r"\[-2, 2\]"),
         ("frequency_penalty", 2.5, r"\[-2, 2\]"),
         ("logprobs", 21, r"\[0, 20\]"),

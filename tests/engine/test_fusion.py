@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,13 +19,14 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from penstock.engine import kernels
 from penstock.engine.attention import NAME, PagedLayer, Stage, attach, detach
-from penstock.engine.fusion import fuse
+from penstock.engine.fusion import fuse, rules
+from penstock.engine.fusion.forwards import FusedAttention, FusedLayer, Workspace
 from penstock.engine.fusion.trial import close
-from penstock.engine.kernels import PagedBatch
+from penstock.engine.kernels import PagedBatch, structures
 from penstock.engine.loading import random_module
 
 LAYERS, KV_HEADS, DIM, BLOCK = 2, 2, 16, 4
@@ -155,3 +160,49 @@ def test_a_known_class_that_computes_something_else_is_left_alone(
 def test_without_compiled_kernels_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "compiled", lambda: None)
     assert fuse(make(CONFIGS["llama"], torch.float32)) == 0
+
+
+def test_a_norm_with_input_of_another_dtype_is_computed_as_before() -> None:
+    norm = LlamaRMSNorm(64)
+    norm.weight.data += torch.randn(64)
+    x = torch.randn(3, 64).half()
+    with torch.inference_mode():
+        before = norm(x)
+        assert fuse(nn.Sequential(norm)) == 1
+        assert torch.equal(norm(x), before)
+
+
+def test_original_weights_go_as_they_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make(CONFIGS["llama"], torch.float32)
+    originals = [weakref.ref(child) for child in module.modules() if type(child) is nn.Linear]
+    left: list[int] = []
+    pack = rules.pack
+
+    def counting(linear: nn.Linear) -> nn.Module | None:
+        left.append(sum(original() is not None for original in originals))
+        return pack(linear)
+
+    monkeypatch.setattr(rules, "pack", counting)
+    fuse(module)
+    assert len(originals) == LAYERS * 7 + 1
+    assert max(left[:4]) <= len(originals)
+    assert max(left[4:]) <= len(originals) - 7  # those of the last layer are gone
+
+
+def test_a_fused_layer_does_not_keep_a_cache_alive() -> None:
+    native: Any = SimpleNamespace(layer_scratch=lambda _: 8, layer=lambda *_: None)
+    linear: Any = SimpleNamespace(layer=SimpleNamespace(pointers=structures.Linear(0, 0, DIM, DIM)))
+    norm = SimpleNamespace(weight=torch.ones(DIM), variance_epsilon=1e-6)
+    keywords = {"scale": 1.0, "window": None, "softcap": None, "sinks": None}
+    module, stage = nn.Module(), Stage()
+    attention = FusedAttention(module, native, nn.Identity(), nn.Identity(), keywords)
+    layer = FusedLayer(native, attention, (linear,) * 4, (norm, norm), (1, DIM), Workspace())
+    one = torch.ones(1, dtype=torch.int32)
+    stage.slots, stage.batch = torch.tensor([0]), PagedBatch(one.new_tensor([0, 1]), one, one[None])
+    cache = PagedLayer(stage, (4, 1, BLOCK), DIM, DIM, torch.bfloat16, torch.device("cpu"))
+    attach(module, cache)
+    layer.run(torch.zeros(1, DIM), (torch.ones(1, 1, DIM), torch.ones(1, 1, DIM)))
+    left = weakref.ref(cache)
+    detach(module)
+    del cache
+    assert left() is None

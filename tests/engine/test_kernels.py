@@ -219,3 +219,31 @@ def test_a_batch_of_other_integers_is_refused() -> None:
         PagedBatch(good, good[:1].long(), table)
     with pytest.raises(ValueError, match="block_table must be contiguous"):
         PagedBatch(good, good[:1], torch.zeros(2, 8, dtype=torch.int32)[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_layer_kernels_refuse_dtypes_that_they_would_misread(
+    native: Native, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(2, 8).to(dtype), torch.ones(8)
+    for wrong in ((x, weight), (x, weight.to(dtype)), (weight[None], weight.bfloat16())):
+        with pytest.raises(TypeError, match="they take all float32 or all bfloat16"):
+            native.rms_norm(*wrong, 1e-6)
+    with pytest.raises(TypeError, match=f"were given {dtype} on cpu"):
+        native.gated_silu(x)
+
+
+@pytest.mark.parametrize("wrong", range(5))
+def test_rotation_refuses_mixed_dtypes(native: Native, wrong: int) -> None:
+    tensors = [torch.randn(1, 24), *torch.randn(2, 1, 8), *torch.zeros(2, 1, 1, 4, 8)]
+    tensors[wrong] = tensors[wrong].bfloat16()
+    qkv, cos, sin, keys, values = tensors
+    with pytest.raises(TypeError, match=r"torch\.bfloat16 on cpu, torch\.float32 on cpu"):
+        native.rotate_and_store(qkv, (cos, sin), (keys, values), torch.tensor([0]))
+
+
+def test_rotation_refuses_norms_of_another_dtype(native: Native) -> None:
+    qkv, angles, caches = torch.randn(1, 24), torch.randn(2, 1, 8), torch.zeros(2, 1, 1, 4, 8)
+    norms = torch.ones(8), torch.ones(8, dtype=torch.float16), 1e-6
+    with pytest.raises(TypeError, match=r"torch\.float16 on cpu, torch\.float32 on cpu"):
+        native.rotate_and_store(qkv, tuple(angles), tuple(caches), torch.tensor([0]), norms)

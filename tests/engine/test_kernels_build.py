@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,3 +96,17 @@ def test_the_name_depends_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     here = build.fingerprint(compiler)
     monkeypatch.setattr(build, "_cpu_flags", lambda: "another CPU")
     assert build.fingerprint(compiler) != here
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_home_pytorch_does_the_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler_or_skip()
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # a user that the system does not know
+    with caplog.at_level(logging.WARNING):
+        assert kernels.backend() == "torch"
+    (record,) = caplog.records
+    assert "set HOME or XDG_CACHE_HOME" in record.getMessage()

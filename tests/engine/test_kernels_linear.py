@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from penstock.engine import kernels
+from penstock.engine.kernels import linear as linear_module
 from penstock.engine.kernels import prepack
 from penstock.engine.kernels.linear import NativeLinear, OneDNNLinear
 
@@ -110,3 +113,29 @@ def test_subclasses_and_other_dtypes_are_left_alone() -> None:
 
     model = nn.Sequential(Special(8, 8), nn.Linear(8, 8, dtype=torch.float64))
     assert prepack(model) == 0
+
+
+def test_original_weights_go_as_they_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(4)))
+    originals = [weakref.ref(child) for child in model.modules() if type(child) is nn.Linear]
+    left: list[int] = []
+    pack = linear_module.pack
+
+    def counting(linear: nn.Linear) -> nn.Module | None:
+        left.append(sum(original() is not None for original in originals))
+        return pack(linear)
+
+    monkeypatch.setattr(linear_module, "pack", counting)
+    assert prepack(model) == 8
+    assert left == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
+def test_a_shared_layer_is_packed_once_and_stays_shared() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(nn.Sequential(shared), nn.Linear(8, 8), nn.Sequential(shared))
+    x = torch.randn(1, 8)
+    with torch.inference_mode():
+        before = model(x)
+        assert prepack(model) == 3
+        torch.testing.assert_close(model(x), before)
+    assert model[0][0] is model[2][0]

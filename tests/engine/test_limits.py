@@ -107,6 +107,15 @@ def test_kv_memory_by_default(model: LoadedModel, monkeypatch: pytest.MonkeyPatc
     # Eight longest requests are all that can ever run.
     monkeypatch.setattr("penstock.engine.sizing.free_memory", lambda _: 1 << 40)
     assert planned(model, kv_tokens=None).kv_blocks == 8 * 256 // 16
+    assert planned(model, kv_tokens=None, max_request_tokens=10).kv_blocks == 8
+
+
+def test_no_room_for_a_block_is_not_blamed_on_a_setting(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.engine.sizing.free_memory", lambda _: 512 * 10)
+    with pytest.raises(ValueError, match=r"room for only 4 KV tokens .* \(block_size: 16\)"):
+        planned(model, kv_tokens=None)
 
 
 def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +125,15 @@ def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     assert machine > 1 << 20
     limit, usage = tmp_path / "max", tmp_path / "current"
     usage.write_text("3000\n")
+    statistics = tmp_path / "memory.stat"
     monkeypatch.setattr(sizing, "_CGROUP_FILES", ((str(limit), str(usage)),))
     limit.write_text("10000\n")
     assert sizing.free_memory(cpu) == 7000
+    # Only what caches files and is not in use can be had: it counts to the usage all the same.
+    statistics.write_text("anon 1200\nfile 1800\ninactive_file 1000\nactive_file 800\n")
+    assert sizing.free_memory(cpu) == 8000
+    statistics.write_text("inactive_file 0\ntotal_inactive_file 1500\n")
+    assert sizing.free_memory(cpu) == 8500
     limit.write_text("max\n")
     assert sizing.free_memory(cpu) > 1 << 20
 
@@ -128,3 +143,15 @@ def test_engines_beside_each_other_share_the_memory(monkeypatch: pytest.MonkeyPa
     cpu = torch.device("cpu")
     assert sizing.default_kv_tokens(cpu, 100, 1 << 40) == 4000
     assert sizing.default_kv_tokens(cpu, 100, 1 << 40, share=0.25) == 1000
+
+
+def test_free_memory_is_what_the_kernel_could_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing, "_CGROUP_FILES", ())
+    file = tmp_path / "meminfo"
+    monkeypatch.setattr(sizing, "_MEMINFO", str(file))
+    cpu = torch.device("cpu")
+    assert sizing.free_memory(cpu) > 1 << 20  # no such file
+    file.write_text("MemTotal:  8000 kB\nMemFree:   1000 kB\nMemAvailable:  5000 kB\nPages: 0\n")
+    assert sizing.free_memory(cpu) == 5000 * 1024

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from penstock.core.types import (
     StepResult,
 )
 from penstock.engine import LoadedModel, PlanError, load_random
+from penstock.engine.attention import PagedLayer
 from penstock.engine.errors import KVOverflowError
 from penstock.engine.runner import Runner
 from tests.engine.drive import GREEDY, TIGHT, Job, Recorder, generate, prompts, serve
@@ -171,6 +174,66 @@ def test_one_model_runs_in_one_engine(model: LoadedModel, engine: Recorder) -> N
     second.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_closing_gives_all_memory_back(dtype: str) -> None:
+    model = load_random(tiny_config("llama"), dtype=dtype)
+    engine = Recorder(model, TIGHT)
+    serve(engine, [Job(PROMPT, 3)])
+    # A norm's forward may fall back to the norm's own: a few numbers that wait for the collector.
+    held = [
+        weakref.ref(child)
+        for child in model.module.modules()
+        if not type(child).__name__.endswith("Norm")
+    ]
+    held += [weakref.ref(layer) for layer in engine._runner.layers]
+    del model
+    engine.close()
+    assert [type(one()).__name__ for one in held if one() is not None] == []
+    assert engine.vocab_size == VOCAB  # what it was stays known
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "penstock.engine.runner.Runner._forward",
+        "penstock.engine.runner.PagedBatch",
+        "penstock.engine.native.Rows",
+        "penstock.engine.native.Sampler",
+        "penstock.engine.native.Steps",
+    ],
+)
+def test_a_model_whose_engine_could_not_be_made_runs_in_another(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, no_memory)
+        with pytest.raises(MemoryError):
+            Recorder(model, TIGHT)
+    Recorder(model, TIGHT).close()
+
+
+def test_a_cache_that_does_not_fit_leaves_the_model_free(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[PagedLayer] = []
+
+    def one_fits(*arguments: Any) -> PagedLayer:
+        if made:
+            raise MemoryError
+        made.append(PagedLayer(*arguments))
+        return made[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("penstock.engine.runner.PagedLayer", one_fits)
+        with pytest.raises(MemoryError):
+            Recorder(model, TIGHT)
+    Recorder(model, TIGHT).close()
+
+
 def test_only_one_plan_in_flight(model: LoadedModel) -> None:
     with pytest.raises(ValueError, match="depth is 2"):
         Recorder(model, replace(TIGHT, depth=2))
@@ -290,8 +353,8 @@ def test_blocks_of_a_failed_step_are_never_shared(
         engine.open(name, Work(PROMPT, GREEDY))
     broken = True
 
-    def fails_at_first(_: Tensor) -> None:
-        if broken:
+    def fails_at_first(tokens: Tensor) -> None:
+        if broken and len(tokens) > 1:
             msg = "out of memory"
             raise RuntimeError(msg)
 
@@ -387,6 +450,39 @@ def test_a_model_that_always_fails_is_not_a_requests_fault(
     )
     with pytest.raises(RuntimeError, match=r"no request of a step.*the device is gone"):
         engine.submit(step)
+
+
+def test_a_model_that_fails_on_a_lone_request_and_on_anything_is_dead(
+    engine: Recorder, poison: Callable[[Callable[[Tensor], None]], None]
+) -> None:
+    def dead(_: Tensor) -> None:
+        msg = "the device is gone"
+        raise RuntimeError(msg)
+
+    poison(dead)
+    engine.open("a", Work((1, 2)))
+    with pytest.raises(RuntimeError, match=r"no request of a step.*the device is gone"):
+        engine.submit(enter("a", 2))
+
+
+def test_finding_out_whether_the_model_is_dead_costs_nobody_else_their_kv(
+    engine: Recorder, poison: Callable[[Callable[[Tensor], None]], None]
+) -> None:
+    expected = serve(engine, [Job(PROMPT, 4)]).texts["0"]
+    assert BAD not in expected
+    engine.close()
+    fresh = Recorder(load_random(tiny_config("qwen3", eos_token_id=EOS), seed=5), TIGHT)
+    poison(chokes)
+    fresh.open("a", Work(PROMPT, GREEDY))
+    fresh.open("b", Work((5, BAD), GREEDY))
+    found = [run(fresh, enter("a", 11)).tokens["a"].id]
+    alone = plan(2, starts=(Start("b", 2),), chunks=(Chunk("b", 0, 2, samples=True),))
+    assert run(fresh, alone).failed == {"b": "the forward pass failed: chokes on 127"}
+    for number in range(3, 6):
+        drops = (Drop("b", final=True),) if number == 3 else ()
+        found.append(run(fresh, plan(number, drops=drops, decode=("a",))).tokens["a"].id)
+    assert found == expected
+    fresh.close()
 
 
 def test_same_decode_tuple_is_looked_up_once(

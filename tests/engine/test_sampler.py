@@ -388,3 +388,12 @@ def test_a_gpu_draws_what_the_cpu_draws() -> None:
         )
     same = (np.array(drawn[0]) == np.array(drawn[1])).mean()
     assert same > 0.99  # rounding may move a draw that falls on an edge
+
+
+def test_the_least_repetition_penalty_keeps_scores_finite() -> None:
+    with pytest.raises(ValueError, match=r"1e-38; it must be in \[0\.01, 10\]"):
+        SamplingParams(repetition_penalty=1e-38)
+    sampler = Sampler(CPU, 3)
+    sampler.open("a", [1], SamplingParams(repetition_penalty=0.01, seed=1))
+    sampled = sampler.sample(torch.tensor([[30.0, 20.0, -30.0]]), ("a",))
+    assert ids(sampled) == [1]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from penstock.models import demo_path
 from penstock.text import Detokenizer, TextTokenizer, load_tokenizer
@@ -136,6 +137,34 @@ def test_a_continuation_is_the_rest_of_the_whole(
     assert before + "".join(stream(tokenizer, ids[at:], prompt=ids[:at])) == whole
 
 
+@pytest.mark.parametrize("name", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("text", ["the gate 🦦 the", "the 🦦🪼🦦🪼🦦🪼", "the \ufffd🦦."])
+def test_a_character_that_the_prompt_breaks_off_in_is_said_when_it_is_complete(
+    tokenizers: dict[str, TextTokenizer], name: str, text: str
+) -> None:
+    tokenizer = tokenizers[name]
+    ids = tokenizer.encode(text)
+    for at in range(1, len(ids)):
+        said = "".join(stream(tokenizer, ids[at:], prompt=ids[:at]))
+        ends = [tokenizer.decode(ids[:end]) for end in range(1, at + 1)]
+        whole = max((end for end in ends if not end.endswith("\ufffd")), key=len)
+        # A prompt may end in U+FFFD itself, which nothing tells from a character that is broken
+        # off there too; saying it twice is better than losing what follows.
+        assert (whole + said).replace("\ufffd", "") == text.replace("\ufffd", "")
+
+
+@pytest.mark.parametrize("name", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("output", ["", "the"])
+def test_a_character_that_stays_broken_off_is_the_prompts(
+    tokenizers: dict[str, TextTokenizer], name: str, output: str
+) -> None:
+    tokenizer = tokenizers[name]
+    prompt = tokenizer.encode("the gate🦦")[:-1]
+    ids = tokenizer.encode(output)
+    said = "".join(stream(tokenizer, ids, prompt=prompt))
+    assert tokenizer.decode(prompt) + said == tokenizer.decode(prompt + ids)
+
+
 class Counting(TextTokenizer):
     """Counts how many ids were decoded."""
 
@@ -162,3 +191,16 @@ def test_cost_per_token_is_constant(
         assert len(pieces[-1]) < 20
         costs.append(tokenizer.decoded / length)
     assert costs[1] < 1.1 * costs[0] < 60
+
+
+def test_cost_is_bounded_where_nothing_can_be_cut() -> None:
+    """Each token is a word that ends as an incomplete character does."""
+    model = models.WordLevel({"▁\ufffd": 0, "▁the": 1}, "▁the")
+    plain = Tokenizer(model)
+    plain.decoder = decoders.Metaspace()
+    tokenizer = Counting(plain)
+    ids = [1, *[0] * 500, 1]
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert max(map(len, pieces)) < 200
+    assert tokenizer.decoded < 700 * len(ids)

@@ -43,7 +43,8 @@ class SamplingParams:
         _check("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check("top_k", self.top_k, 0, 1 << 31)
         _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, 10.0, low_open=True)
+        # Logits are divided by it: near 0 they would become infinite.
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         for token, bias in self.logit_bias.items():

@@ -46,9 +46,7 @@ def plan_capabilities(
             raise ValueError(msg + request.reason)
         longest = max_request_tokens
     if kv_tokens is None:
-        kv_tokens = default_kv_tokens(
-            model.device, model.kv_bytes_per_token, max_batch * longest, memory_share
-        )
+        kv_tokens = _what_fits(model, block_size, max_batch, longest, memory_share)
     if kv_tokens < block_size:
         msg = f"kv_tokens is {kv_tokens}; it must be at least block_size ({block_size})"
         raise ValueError(msg)
@@ -61,3 +59,18 @@ def plan_capabilities(
         prefix_cache=prefix_cache,
         swap_tokens=swap_tokens,
     )
+
+
+def _what_fits(
+    model: LoadedModel, block_size: int, max_batch: int, longest: int, share: float
+) -> int:
+    """KV tokens for as many of the longest requests, each in whole blocks, as there is room for."""
+    most = max_batch * -(-longest // block_size) * block_size
+    tokens = default_kv_tokens(model.device, model.kv_bytes_per_token, most, share)
+    if tokens < block_size:
+        msg = (
+            f"there is room for only {tokens} KV tokens in the free memory of {model.device}, less "
+            f"than one block (block_size: {block_size}); free some, or set kv_tokens yourself"
+        )
+        raise ValueError(msg)
+    return tokens

@@ -49,6 +49,13 @@ class NativeEngine:
         capabilities: what it shall be able to do; the KV memory is taken at once.
         kv_on_device: whether :meth:`take_kv` copies to the model's device, not to host memory.
 
+    Attributes:
+        capabilities: as given.
+        eos_ids: tokens at which the model ends by itself.
+        vocab_size: width of the model's logits; output tokens are below this.
+        model_type: the model's architecture, as Hugging Face names it.
+        parameters: how many parameters the model has.
+
     Raises:
         ValueError: more than one plan is to be in flight.
         UnsupportedModelError: the model cannot be run after all.
@@ -61,9 +68,12 @@ class NativeEngine:
             msg = f"capabilities.depth is {capabilities.depth}; this engine is synchronous: 1"
             raise ValueError(msg)
         self.capabilities = capabilities
+        self.eos_ids = model.eos_ids
+        self.vocab_size = model.vocab_size
+        self.model_type: str = model.config.model_type
+        self.parameters = model.parameters
+        self._tokens_in = model.tokens_in
         self._kv_on_device = kv_on_device
-        self._model = model
-        self._runner = Runner(model, capabilities.kv_blocks, capabilities.block_size)
         self._rows = Rows(capabilities)
         self._endings = Endings(capabilities.max_batch, model.vocab_size, model.eos_ids)
         self._sampler = Sampler(model.device, model.vocab_size)
@@ -75,6 +85,8 @@ class NativeEngine:
         # because their step failed; and the requests that were to begin with one of them.
         self._lost: set[PrefixKey] = set()
         self._broken: dict[RequestId, str] = {}
+        # Last: nobody could close a half-made engine, which the model would stay with.
+        self._runner = Runner(model, capabilities.kv_blocks, capabilities.block_size)
 
     @classmethod
     def load(  # noqa: PLR0913 - each is a setting of its own
@@ -123,26 +135,6 @@ class NativeEngine:
             prefix_cache=prefix_cache, swap_tokens=swap_tokens, memory_share=memory_share,
         )  # fmt: skip
         return cls(loaded, capabilities, kv_on_device=kv_on_device)
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Tokens at which the model ends by itself."""
-        return self._model.eos_ids
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the model's logits; output tokens are below this."""
-        return self._model.vocab_size
-
-    @property
-    def model_type(self) -> str:
-        """The model's architecture, as Hugging Face names it."""
-        return self._model.config.model_type
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters the model has."""
-        return self._model.parameters
 
     def open(self, request_id: RequestId, work: Work) -> None:
         """Take in a request's payload.
@@ -235,7 +227,7 @@ class NativeEngine:
         return result
 
     def close(self) -> None:
-        """Give the KV memory back.  Idempotent."""
+        """Give the KV memory back, and the model's unless someone else has it.  Idempotent."""
         self._runner.close()
         self._opened.clear()
         self._result = None
@@ -249,7 +241,7 @@ class NativeEngine:
         array = np.asarray(tokens)
         if not len(array):
             return np.empty(0, dtype=np.int32)
-        limit = self._model.tokens_in
+        limit = self._tokens_in
         if array.ndim != 1 or array.dtype.kind not in "iu":
             msg = f"{field} must be a sequence of whole numbers, not {array.dtype}"
             raise RequestError(field, msg)

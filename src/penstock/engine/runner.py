@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from penstock.engine.attention import PagedLayer, Stage, attach, attached, detach
 from penstock.engine.errors import UnsupportedModelError
 from penstock.engine.kernels import PagedBatch
 from penstock.engine.loading import LoadedModel
+from penstock.engine.probe import AttentionSite
 from penstock.engine.steps import Inputs, Mask, Step, Steps
 
 _log = logging.getLogger(__name__)
@@ -48,22 +50,24 @@ class Runner:
     """
 
     def __init__(self, model: LoadedModel, blocks: int, block_size: int) -> None:
-        self._model = model
+        self._module: PreTrainedModel | None = model.module
+        self._vocab_size = model.vocab_size
         self._device = model.device
+        self._block_size = block_size
         self._stage = Stage()
         self._attached: list[nn.Module] = []
-        for site in model.sites:
-            layer = PagedLayer(
-                self._stage,
-                (blocks, site.kv_heads, block_size),
-                site.key_dim,
-                site.value_dim,
-                site.dtype,
-                model.device,
-            )
-            attach(site.module, layer)
-            self._attached.append(site.module)
-        self._rehearse()
+        try:
+            self._attach(model.sites, blocks)
+            # What is built at first use is then built before the first request, and a model that
+            # looks into its linear layers, whose weights look different by now, says so here.
+            self._rehearse(0)
+        except AttributeError as error:
+            self.close()
+            raise UnsupportedModelError(model.config.model_type, str(error)) from error
+        except BaseException:
+            # Nobody else could, and the model would be lost to all other engines.
+            self.close()
+            raise
 
     @property
     def layers(self) -> list[PagedLayer]:
@@ -71,9 +75,10 @@ class Runner:
         return [attached(module) for module in self._attached]
 
     def close(self) -> None:
-        """Give the KV caches back.  Idempotent."""
+        """Give the KV caches back, and let go of the model.  Idempotent."""
         while self._attached:
             detach(self._attached.pop())
+        self._module = None
 
     def run(self, steps: Steps, step: Step) -> Computed:
         """Compute a step; where that fails, find out whose fault it is.
@@ -86,7 +91,8 @@ class Runner:
             step: at least one token.
 
         Raises:
-            RuntimeError: all of several segments fail, so the fault is not a request's.
+            RuntimeError: all of several segments fail, or one alone and then a token of
+                nobody's too, so the fault is not a request's.
         """
         try:
             logits = self._logits(step.inputs)
@@ -94,30 +100,53 @@ class Runner:
             count = len(step.ids)
             _log.exception("a step of %d requests failed; trying each alone", count)
             logits, failed = self._each(steps, step)
-            if len(failed) == count > 1:
+            if len(failed) == count and (count > 1 or self._is_dead(int(step.inputs.slots[0]))):
                 msg = f"no request of a step could be computed: {error}"
                 raise RuntimeError(msg) from error
             return Computed(logits, failed)
         return _without_nan(logits, step.sampling)
 
-    def _rehearse(self) -> None:
-        """Run one token through block 0, which holds nothing yet.
+    def _attach(self, sites: Sequence[AttentionSite], blocks: int) -> None:
+        """Put a KV cache behind each of the model's attention layers."""
+        for site in sites:
+            layer = PagedLayer(
+                self._stage,
+                (blocks, site.kv_heads, self._block_size),
+                site.key_dim,
+                site.value_dim,
+                site.dtype,
+                self._device,
+            )
+            attach(site.module, layer)
+            self._attached.append(site.module)
 
-        What is built at first use is then built before the first request, and a model that
-        looks into its linear layers, whose weights look different by now, says so here.
+    def _is_dead(self, slot: int) -> bool:
+        """Whether not even a token of nobody's can be computed; the slot is lost.
+
+        After some errors of a GPU all work of the process fails, and engines that are to be
+        started anew are those that raise.
         """
+        try:
+            self._rehearse(slot)
+        except _FAULTS:
+            return True
+        return False
+
+    def _rehearse(self, slot: int) -> None:
+        """Run one token whose KV goes to a slot, and wait for it."""
         zero = torch.zeros(1, dtype=torch.int32, device=self._device)
         one = zero + 1
-        self._stage.slots = zero.long()
-        self._stage.batch = PagedBatch(torch.cat((zero, one)), one, zero[None])
-        try:
-            self._forward(zero.long(), zero.long(), zero.long())
-        except AttributeError as error:
-            raise UnsupportedModelError(self._model.config.model_type, str(error)) from error
+        self._stage.slots = zero.long() + slot
+        table = zero[None] + slot // self._block_size
+        self._stage.batch = PagedBatch(torch.cat((zero, one)), one, table)
+        self._forward(zero.long(), zero.long(), zero.long()).cpu()
 
     def _forward(self, tokens: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        if self._module is None:
+            msg = "the engine is closed"
+            raise RuntimeError(msg)
         with torch.inference_mode():
-            output = self._model.module(
+            output = self._module(
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 use_cache=False,
@@ -127,7 +156,7 @@ class Runner:
         return logits
 
     def _each(self, steps: Steps, step: Step) -> tuple[Tensor, dict[int, str]]:
-        parts = [torch.empty((0, self._model.vocab_size), device=self._device)]
+        parts = [torch.empty((0, self._vocab_size), device=self._device)]
         failed: dict[int, str] = {}
         for index in range(len(step.ids)):
             sampling = step.sampling[index : index + 1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class FusedAttention:
         out: nn.Module,
         keywords: Mapping[str, Any],
     ) -> None:
-        self.module = module
+        # Weakly, here and below: the module has this as its forward, and two that held each other
+        # would keep the weights until the garbage collector comes by.
+        self._module = weakref.ref(module)
         self.qkv = qkv
         self.out = out
         self.keywords = keywords
@@ -46,6 +49,13 @@ class FusedAttention:
             weights = query_norm.weight.detach(), key_norm.weight.detach()
             self.norms = (*weights, query_norm.variance_epsilon)
 
+    @property
+    def cache(self) -> PagedLayer:
+        """The KV cache that is behind the module now."""
+        module = self._module()
+        assert module is not None, "a forward is called by its module"
+        return attached(module)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -53,7 +63,7 @@ class FusedAttention:
         **_: Any,
     ) -> tuple[Tensor, None]:
         """As the module's own: ``[1, T, hidden]`` to ``[1, T, hidden]``."""
-        layer = attached(self.module)
+        layer = self.cache
         query = self._native.rotate_and_store(
             self.qkv(hidden_states)[0],
             position_embeddings,
@@ -125,7 +135,8 @@ class FusedLayer:
         self.heads = heads
         self._attention = attention
         self._workspace = workspace
-        self._cache: PagedLayer | None = None
+        # A cache that nobody else has any more is to be freed.
+        self._cache: Callable[[], PagedLayer | None] = lambda: None
         self._structure = structures.Layer(
             *(linear.layer.pointers for linear in linears),
             *(norm.weight.data_ptr() for norm in norms),
@@ -150,15 +161,15 @@ class FusedLayer:
 
     def run(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> None:
         """The same, in place."""
-        cache = attached(self._attention.module)
-        if cache is not self._cache:
+        cache = self._attention.cache
+        if cache is not self._cache():
             self._use(cache)
         step = self._workspace.step(cache.stage, angles, self._width)
         self._native.layer(self._structure, step, hidden_states)
 
     def _use(self, cache: PagedLayer) -> None:
         """Point the structure to a KV cache."""
-        self._cache = cache
+        self._cache = weakref.ref(cache)
         keys, values = cache.key_cache, cache.value_cache
         _, kv_heads, block_size, dim = keys.shape
         layer, given = self._structure, self._attention.keywords
@@ -187,8 +198,8 @@ class FusedModel:
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[FusedLayer]) -> None:
-        self._module: Any = module
-        self._own = module.forward
+        self._module = weakref.ref(module)
+        self._own = type(module).forward
         self._layers = layers
 
     def forward(
@@ -199,12 +210,12 @@ class FusedModel:
     ) -> BaseModelOutputWithPast:
         """As the module's own, and by it unless called as the engine does."""
         others = any(value is not None and value is not False for value in keywords.values())
+        module: Any = self._module()
         if input_ids is None or position_ids is None or others:
             result: BaseModelOutputWithPast = self._own(
-                input_ids=input_ids, position_ids=position_ids, **keywords
+                module, input_ids=input_ids, position_ids=position_ids, **keywords
             )
             return result
-        module = self._module
         hidden = module.embed_tokens(input_ids)
         angles = module.rotary_emb(hidden, position_ids)
         for layer in self._layers:

@@ -44,8 +44,12 @@ def fuse(model: nn.Module) -> int:
     fuser = _Fuser(native)
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # Children first: a layer is fused from its fused parts.
-        return sum(fuser.fuse(module) for module in reversed(list(model.modules())))
+        # Children first: a layer is fused from its fused parts.  Nothing holds a linear layer
+        # after its turn, so its weights go as soon as they are packed.
+        modules, fused = list(model.modules()), 0
+        while modules:
+            fused += fuser.fuse(modules.pop())
+        return fused
 
 
 class _Fuser:
@@ -80,9 +84,13 @@ class _Fuser:
         eps = getattr(module, "variance_epsilon", None)
         if "RMSNorm" not in type(module).__name__ or eps is None or weight is None:
             return False
-        data, native = weight.detach().contiguous(), self._native
+        data, native, own = weight.detach().contiguous(), self._native, module.forward
 
         def forward(hidden_states: Tensor) -> Tensor:
+            # transformers keeps some models' norms in float32 where all else is float16.
+            if hidden_states.dtype is not data.dtype:
+                result: Tensor = own(hidden_states)
+                return result
             return native.rms_norm(hidden_states, data, eps)
 
         if not equal(module, forward, len(data)):

@@ -31,7 +31,7 @@ def library() -> Path:
     """Path of the compiled kernels, compiling them first where needed.
 
     Raises:
-        BuildError: no compiler, the compiler failed, or the cache cannot be written.
+        BuildError: no compiler, the compiler failed, or there is no cache or no way to write it.
     """
     compiler = find_compiler()
     path = cache_folder() / f"kernels-{fingerprint(compiler)}.so"
@@ -66,9 +66,17 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/penstock``, by default ``~/.cache/penstock``."""
+    """``$XDG_CACHE_HOME/penstock``, by default ``~/.cache/penstock``.
+
+    Raises:
+        BuildError: neither that nor a home folder is known.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "penstock"
+    try:
+        return (Path(base) if base else Path("~/.cache").expanduser()) / "penstock"
+    except RuntimeError as error:
+        msg = f"no folder for the compiled kernels: {error}; set HOME or XDG_CACHE_HOME"
+        raise BuildError(msg) from error
 
 
 def fingerprint(compiler: str) -> str:

@@ -89,10 +89,14 @@ def prepack(model: nn.Module) -> int:
     embedding is packed too while the embedding keeps the original, so that one matrix is held
     twice.  The model can only infer afterwards: packed weights are neither parameters nor saved.
     """
+    # By the id of the original, which no other has had: all of them were there at the start.
     packed: dict[int, nn.Module] = {}
     count = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+    modules = list(model.modules())
+    while modules:
+        parent = modules.pop()
+        for name in [name for name, _ in parent.named_children()]:
+            child = parent.get_submodule(name)
             if type(child) is not nn.Linear:
                 continue
             fast = packed.get(id(child)) or pack(child)

@@ -137,6 +137,7 @@ class Native:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """``x / rms(x) * weight`` over the last axis."""
+        _require_one_dtype(x, weight)
         x = x.contiguous()
         out = torch.empty_like(x)
         width = weight.shape[0]
@@ -154,6 +155,7 @@ class Native:
 
     def gated_silu(self, x: Tensor) -> Tensor:
         """``silu(gate) * up`` of ``[..., 2 * width]``, the gates first: ``[..., width]``."""
+        _require_one_dtype(x)
         x = x.contiguous()
         width = x.shape[-1] // 2
         out = x.new_empty(*x.shape[:-1], width)
@@ -189,6 +191,7 @@ class Native:
         Returns:
             The queries, ``[T, heads, dim]``, a view into ``qkv``.
         """
+        _require_one_dtype(qkv, *angles, *caches, *(norms or ())[:2])
         key_cache, value_cache = caches
         kv_heads, dim = key_cache.shape[1], key_cache.shape[3]
         heads = qkv.shape[1] // dim - 2 * kv_heads
@@ -250,9 +253,20 @@ class Native:
 
     def layer(self, layer: structures.Layer, step: structures.Step, hidden: Tensor) -> None:
         """Run a decoder layer on ``[T, hidden size]``, contiguous bfloat16, in place."""
+        if hidden.dtype is not torch.bfloat16:
+            msg = f"a bfloat16 decoder layer was given {hidden.dtype}"
+            raise TypeError(msg)
         if self._layer(ctypes.byref(layer), ctypes.byref(step), hidden.data_ptr()):
             msg = "the attention kernel ran out of memory"
             raise MemoryError(msg)
+
+
+def _require_one_dtype(*tensors: Tensor) -> None:
+    """Refuse what the library would read, and write, beyond the end of."""
+    if not Native.takes(*tensors):
+        found = ", ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors}))
+        msg = f"the kernels were given {found}; they take all float32 or all bfloat16 on cpu"
+        raise TypeError(msg)
 
 
 def _bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
