@@ -89,6 +89,7 @@ SERIES = (
     Series("tgi, cap 12,000", "tgi", cap=12_000),
     Series("past-future, late given up", "past-future", past=PAST, late_given_up=True),
     Series("vllm, late given up", "vllm", late_given_up=True),
+    Series("past-future-adaptive", "past-future-adaptive", past=PAST),
 )
 MAIN = tuple(series.name for series in SERIES[:4])
 

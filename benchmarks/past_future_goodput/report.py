@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "model", "load", "ratio, at clients", "at most clients", "cold", "as the artifact",
-    "late given up", "oracle", "late, oracle",
+    "late given up", "oracle", "late, oracle", "adaptive", "adaptive, oracle",
 )  # fmt: skip
 GIVEN_UP = ("past-future, late given up", "vllm, late given up")
+ADAPTIVE = "past-future-adaptive"
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ def figure(made: Sequence[Panel]) -> Figure:
 
 
 def _draw(panel: Panel, axes: Axes) -> None:
-    for name in (*MAIN, *GIVEN_UP):
+    for name in (*MAIN, *GIVEN_UP, ADAPTIVE):
         if name not in panel.curves:
             continue
         color = COLORS[series_of(name).preset]
-        style = ":" if name == "oracle" else "-" if name in MAIN else "--"
-        width = 1.6 if name in MAIN else 0.9
+        style = ":" if name == "oracle" else "--" if name in GIVEN_UP else "-"
+        width = 0.9 if name in GIVEN_UP else 1.6
         line: dict[str, Any] = {"marker": "o", "ms": 3, "lw": width, "color": color, "label": name}
         axes.plot(panel.clients, panel.curves[name], style, **line)
     ratio = max(panel.ratios())
@@ -106,6 +107,7 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
         "the same two, since the paper's servers give up late requests except under the aggressive",
         "scheduler; `late given up` is against `tgi` and `vllm, late given up`. `oracle` is",
         "`past-future` to it at most clients, `late, oracle` that of `past-future, late given up`.",
+        "`adaptive` is `past-future-adaptive` to `past-future` at most clients, and to the oracle.",
         "Where curves are of fewer seeds than others, their number is given.",
         "",
         f"Largest ratio: **{max(best.ratios()):.2f}** ({best.machine}, {best.load}).",
@@ -127,7 +129,8 @@ def markdown(made: Sequence[Panel], facts: Mapping[str, object]) -> str:
         share = _last(panel, "past-future")
         lines.append(
             f"| {panel.machine} | {panel.load} | {top:.2f}, {at} | {ratios[-1]:.2f} | "
-            f"{cold} | {artifact} | {given_up} | {share} | {_last(panel, GIVEN_UP[0])} |"
+            f"{cold} | {artifact} | {given_up} | {share} | {_last(panel, GIVEN_UP[0])} | "
+            f"{_last(panel, ADAPTIVE, 'past-future')} | {_last(panel, ADAPTIVE)} |"
         )
     for panel in made:
         lines += ["", f"## {panel.machine}, {panel.load}", ""]
@@ -146,6 +149,6 @@ def _largest(panel: Panel, ours: str, *others: str) -> str:
     return f"{max(panel.ratios(ours, others)):.2f}" if known else "-"
 
 
-def _last(panel: Panel, ours: str) -> str:
-    """Ours to the oracle, at most clients."""
-    return f"{panel.ratios(ours, ('oracle',))[-1]:.2f}" if ours in panel.curves else "-"
+def _last(panel: Panel, ours: str, other: str = "oracle") -> str:
+    """Ours to the other, at most clients."""
+    return f"{panel.ratios(ours, (other,))[-1]:.2f}" if ours in panel.curves else "-"

@@ -23,7 +23,8 @@ Beside the paper's four curves there are, for what they show:
 * ``past-future-artifact``: window 40, reserve 5 %, one admission every second step, cold as well;
 * ``tgi, cap 12,000``: as the artifact has it on every load;
 * ``past-future, late given up`` and ``vllm, late given up``: an evicted request is given up after
-  1.49 s (70B: 4.9 s) without a token.
+  1.49 s (70B: 4.9 s) without a token;
+* ``past-future-adaptive``: with a reserve that is learned from evictions.
 
 Cells are kept in ``cells.jsonl`` as they end, and an interrupted run goes on; ``--fresh`` starts
 over, ``--main`` leaves the additional curves for later, ``--report`` runs nothing.

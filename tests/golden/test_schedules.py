@@ -27,7 +27,11 @@ MACHINE = Capabilities(
     prefix_cache=True,
 )
 # A window that ends within the load shows the forecast learning.
-OVERRIDES = {"past-future": {"window": 8}, "past-future-artifact": {"window": 6, "cold_start": 20}}
+OVERRIDES = {
+    "past-future": {"window": 8},
+    "past-future-adaptive": {"window": 8, "reserve": 0.25, "evictions": 0.3},
+    "past-future-artifact": {"window": 6, "cold_start": 20},
+}
 
 
 def load() -> list[Job]:

@@ -20,6 +20,7 @@ COLORS: Mapping[str, str] = {
     "vllm": "#c8553d",
     "past-future-artifact": "#5aa48a",
     "past-future": "#2a7f62",
+    "past-future-adaptive": "#b5651d",
     "oracle": "#33415c",
 }
 NAMES: Mapping[str, str] = {
@@ -27,6 +28,7 @@ NAMES: Mapping[str, str] = {
     "vllm": "vllm (aggressive)",
     "past-future-artifact": "past-future (artifact)",
     "past-future": "past-future",
+    "past-future-adaptive": "past-future (adaptive)",
     "oracle": "oracle (knows lengths)",
 }
 HEAD = (

@@ -15,6 +15,7 @@ from penstock.core.forecast.prompt_time import LengthAware, PromptTime, RunningR
 from penstock.core.policies.admit.aggressive import Aggressive
 from penstock.core.policies.admit.capped import Capped
 from penstock.core.policies.admit.conservative import Conservative
+from penstock.core.policies.admit.learned_reserve import LearnedReserve
 from penstock.core.policies.admit.oracle import Oracle
 from penstock.core.policies.admit.past_future import PastFuture
 from penstock.core.policies.admit.static import Static
@@ -137,6 +138,15 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 MappingProxyType({"window": 40, "reserve": 0.05, "cold_start": 6000}),
                 period=2,
                 per_pass=1,
+            ),
+            Preset(
+                "past-future-adaptive",
+                "Past-Future with a reserve that is learned from evictions",
+                "learned-reserve",
+                LearnedReserve,
+                MappingProxyType(
+                    {"window": 1000, "reserve": 0.03, "cold_start": None, "evictions": 0.005}
+                ),
             ),
             Preset(
                 "oracle",
