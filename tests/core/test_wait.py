@@ -106,3 +106,21 @@ def test_an_idle_hour_does_not_make_the_scheduler_think_that_its_queue_stands_st
     hand.step()
     hand.finish()
     assert burst() == pytest.approx(first, rel=0.5)
+
+
+def test_who_waits_for_the_step_that_runs_says_nothing_of_a_queue() -> None:
+    """Arrivals between two plans, each admitted by the next: there was no queue that moved."""
+    hand = Hand(capabilities(kv_blocks=12, block_size=1, max_request_tokens=12), "tgi")
+    for index in range(10):
+        hand.add(f"quiet-{index}", 6, 2)
+        hand.now += 0.01
+        hand.finish()
+        hand.now += 1.0
+    assert hand.scheduler.stats(hand.now).admission_rate is None
+    for index in range(6):
+        hand.add(f"burst-{index}", 6, 6)
+    while hand.scheduler.stats(hand.now).waiting:
+        hand.now += 1.0
+        hand.step()
+    # One at a time, six steps each.
+    assert hand.scheduler.stats(hand.now).admission_rate == pytest.approx(1 / 6, rel=0.35)

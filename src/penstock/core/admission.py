@@ -73,15 +73,20 @@ class Admission:
         self._blocked: tuple[Entry, int] | None = None
         self._wake: float = 0
         self._next_pass = 0
+        # When somebody was left waiting last: who waited then had to.
+        self._left_waiting = -math.inf
         self.wait = WaitForecast()
         self.admissions = 0
 
     def run(self, draft: Draft) -> list[Ended]:
         """One pass; returns those the policy rejected."""
+        head = self._books.queue.peek()
+        rejected = self._in_order(draft, head) if self._opens(draft, head) else []
+        self._note_who_waits(draft.now)
+        return rejected
+
+    def _in_order(self, draft: Draft, head: Entry | None) -> list[Ended]:
         books = self._books
-        head = books.queue.peek()
-        if not self._opens(draft, head):
-            return []
         turn = self._turn(len(books.queue))
         at_once = self._policy.at_once
         while head is not None and (draft.prefill_left > 0 or at_once):
@@ -103,6 +108,7 @@ class Admission:
                 draft.chunk(entry)
             elif asking:
                 asking = self._ask(draft, turn, entry)
+        self._note_who_waits(draft.now)
         return turn.rejected
 
     def _turn(self, waiting: int) -> _Turn:
@@ -111,14 +117,21 @@ class Admission:
 
     def _opens(self, draft: Draft, head: Entry | None) -> bool:
         """Whether there is to be a pass; ``head`` is the first that waits."""
-        if head is None:
-            self.wait.emptied(draft.now)
-            return False
-        self.wait.waiting(head.waited_since)
-        if draft.prefill_left <= 0 or not self._due(head):
+        if head is None or draft.prefill_left <= 0 or not self._due(head):
             return False
         self._next_pass = self._books.number + self._policy.period
         return True
+
+    def _note_who_waits(self, now: float) -> None:
+        """The clock of the forecast runs while this pass has left somebody waiting.
+
+        Everyone waits for the step that runs when they come; that says nothing of a queue.
+        """
+        if len(self._books.queue):
+            self._left_waiting = now
+            self.wait.waiting(now)
+        else:
+            self.wait.emptied(now)
 
     def _ask(self, draft: Draft, turn: _Turn, head: Entry) -> bool:
         """Ask for one that waits; whether the pass goes on."""
@@ -199,7 +212,7 @@ class Admission:
     def _start(self, draft: Draft, entry: Entry, cached: int) -> None:
         books = self._books
         keys = entry.request.prefix[:cached]
-        if entry.evictions == 0 and draft.now > entry.waited_since:
+        if entry.evictions == 0 and entry.waited_since <= self._left_waiting:
             self.wait.admitted(draft.now)
         imported = entry.imported
         books.start(entry, blocks_for(entry.total, books.ledger.block_size) - cached, keys)

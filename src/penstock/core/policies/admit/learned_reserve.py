@@ -9,10 +9,11 @@ Source: ours.  The update is that of adaptive conformal inference (Gibbs and Can
 section 2): a threshold that moves against its own errors keeps their share, whatever the
 distribution does.
 
-Rule: as Past-Future, and with each admission the reserve moves: up by a hundredth of the capacity
-if the request had been evicted, and in any case down by ``evictions`` times that, within [0, 1/2].
-So of ``n`` admissions at most ``evictions * n + 50`` follow an eviction, as long as the reserve
-stays below its bound.
+Rule: as Past-Future, and the reserve moves, within [0, 1/2]: up by a hundredth of the capacity for
+each eviction, when the request is admitted again or ends instead; down by ``evictions`` times that
+with each admission that took a forecast.  So with ``n`` of these there are at most ``evictions * n
++ 50`` evictions, as long as the reserve stays below its bound.  Where all caps in full fit there is
+no forecast and no eviction, and nothing to learn.
 
 Limits: it learns from evictions, so some must happen; a reserve that was learned under a heavy load
 is given back over hundreds of admissions; where nobody minds gaps, what it keeps free is wasted.
@@ -27,7 +28,7 @@ import numpy as np
 from penstock.core.policies.admit.past_future import PastFuture
 from penstock.core.policies.base import Admit, Answer, Judge
 from penstock.core.snapshot import Candidate, Snapshot
-from penstock.core.types import Ended
+from penstock.core.types import Ended, RequestId
 
 STEP = 0.01
 """Share of the capacity by which an eviction moves the reserve."""
@@ -43,7 +44,7 @@ class LearnedReserve:
     Attributes:
         rng, window, cold_start: see :class:`PastFuture`.
         reserve: what it begins with, in [0, 1/2].
-        evictions: share of the admissions that may follow an eviction, in (0, 1).
+        evictions: how many there may be per admission by forecast, in (0, 1).
         forecast: the policy whose reserve is moved.
     """
 
@@ -53,6 +54,8 @@ class LearnedReserve:
     cold_start: int | None = None
     evictions: float = 0.005
     forecast: PastFuture = field(init=False)
+    # By request: evictions that the reserve knows of.
+    _known: dict[RequestId, int] = field(default_factory=dict, init=False)
 
     holds = 10  # as Past-Future has it
 
@@ -69,20 +72,30 @@ class LearnedReserve:
         """Open a pass, with the reserve of this moment."""
         forecast = self.forecast
         inner = forecast.judge(view)
-        down = STEP * self.evictions
 
         def answer(candidate: Candidate) -> Answer:
+            before = forecast.forecasts
             said = inner(candidate)
             if isinstance(said, Admit):
-                up = STEP if candidate.evictions else 0.0
-                forecast.reserve = min(MOST, max(0.0, forecast.reserve + up - down))
+                name, count = candidate.request.id, candidate.evictions
+                if count:
+                    self._move(count - self._known.get(name, 0))
+                    self._known[name] = count
+                if forecast.forecasts > before:
+                    self._move(-self.evictions)
             return said
 
         return answer
 
     def observe(self, ended: Ended) -> None:
-        """Learn the length of a request that came to its own end."""
+        """Learn the length of a request that came to its own end, and who ended evicted."""
+        if ended.evictions:
+            self._move(ended.evictions - self._known.pop(ended.id, 0))
         self.forecast.observe(ended)
+
+    def _move(self, steps: float) -> None:
+        moved = self.forecast.reserve + STEP * steps
+        self.forecast.reserve = min(MOST, max(0.0, moved))
 
     def learn_true_length(self, request_id: str, length: int) -> None:
         """Not for this policy."""

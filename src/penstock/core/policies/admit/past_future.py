@@ -51,6 +51,7 @@ class PastFuture:
         reserve: share of the capacity kept free against forecast errors, in [0, 1).
         cold_start: output length assumed before anything has ended; None is each request's cap.
         holds: decode steps for which a refusal holds; LightLLM's ``max_wait_tokens``.
+        forecasts: answers so far that took a forecast.
     """
 
     rng: np.random.Generator
@@ -59,6 +60,7 @@ class PastFuture:
     cold_start: int | None = None
     holds: int = 10
     history: LengthHistory = field(init=False)
+    forecasts: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.reserve < 1:
@@ -90,6 +92,7 @@ class PastFuture:
             if most < limit:
                 admitted.append(candidate)
                 return ADMIT
+            self.forecasts += 1
             if future is None:
                 future = self._occupancy(view, scenarios)
                 for earlier in admitted:
