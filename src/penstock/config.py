@@ -21,7 +21,9 @@ from penstock.settings import Config, Section
 
 ENV_PREFIX = "PENSTOCK_"
 _OF_OTHERS = frozenset({"PENSTOCK_ROUTE_API_KEY"})  # read by ``penstock route``
-_OF_A_SERVICE = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
+_OF_A_SERVICE = re.compile(
+    r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
 BOUNDS = ("ttft", "tpot", "gap", "e2e")
 SLO_FORM = "name=ttft:0.5,tpot:0.03,gap:0.2,e2e:10,on_miss:keep|demote|expire"
 
@@ -116,8 +118,9 @@ def _merge_environ(environ: Mapping[str, str], tree: Tree, sources: Sources) -> 
 
 
 def _is_of_kubernetes(name: str, value: str) -> bool:
-    """Whether it tells of a Service named "penstock", as every container is told."""
-    return bool(_OF_A_SERVICE.fullmatch(name)) or (name == "PORT" and "://" in value)
+    """Whether it tells of a Service "penstock" or "penstock-...", as every container is told."""
+    address = f"_{name}".endswith("_PORT") and "://" in value
+    return address or bool(_OF_A_SERVICE.fullmatch(name))
 
 
 def _parse_parameters(key: str, text: str) -> dict[str, str]:
@@ -150,7 +153,14 @@ def _describe(error: ValidationError, sources: Sources) -> str:
         source = sources.get((section, name), f"[{section}] {name}")
         rest = ".".join(str(part) for part in item["loc"][2:])
         where = f"{source} ({rest})" if rest else source
-        value = "a value" if name == "api_keys" else repr(item["input"])
+        if item["type"] == "extra_forbidden":
+            # Its value stays unsaid: under a mistyped name it may be a key.
+            lines.append(
+                f"{where} is not a setting of penstock; 'penstock config --help' lists them"
+            )
+            continue
+        secret = any("key" in str(part).lower() for part in item["loc"])
+        value = "a value" if secret else repr(item["input"])
         lines.append(f"{where}: {value} is refused: {_rule(item['msg'])}")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ documentation and their command-line help.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -193,7 +193,10 @@ class HttpConfig(Section):
         description="Release tokens no earlier than the pace of their request's TPOT promise.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, description="After SIGTERM, how long open requests may take to end."
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="After SIGTERM, how long open requests may take to end.",
     )
 
 
@@ -223,13 +226,16 @@ class BenchConfig(Section):
     )
 
 
+_Bound: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+
+
 class SLOClass(Section):
     """A named SLO: bounds in seconds, and what to do with a request that misses them."""
 
-    ttft: float | None = Field(None, gt=0, description="Arrival to first token.")
-    tpot: float | None = Field(None, gt=0, description="Mean time per token after the first.")
-    gap: float | None = Field(None, gt=0, description="Largest time between two tokens.")
-    e2e: float | None = Field(None, gt=0, description="Arrival to last token.")
+    ttft: _Bound = Field(None, description="Arrival to first token.")
+    tpot: _Bound = Field(None, description="Mean time per token after the first.")
+    gap: _Bound = Field(None, description="Largest time between two tokens.")
+    e2e: _Bound = Field(None, description="Arrival to last token.")
     on_miss: OnMiss = Field(
         OnMiss.KEEP, description="keep serves it anyway, demote serves it last, expire gives up."
     )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from penstock.bench.measure import Load, Measurement, run
 from penstock.bench.prompts import Prompts
 from penstock.bench.result import Result
 from penstock.bench.workload import SLOClass, Workload, parse_slo
+from tests.server.harness import wait_until
 
 if TYPE_CHECKING:
     from conftest import FakeServer
@@ -133,7 +136,7 @@ def test_a_client_that_hangs_up_leaves_the_server(fake: FakeServer) -> None:
     result = go(fake, workload([3], slo=("ttft=0.1",)), Load(clients=1), patience=0.5, retries=1)
     assert [a.end for a in result.attempts] == [End.ABANDONED, End.ABANDONED]
     assert all(0.04 < a.ended - a.sent < 2.5 for a in result.attempts)
-    assert fake.left == 2
+    wait_until(lambda: fake.left == 2)  # the server sees it a little later
 
 
 def test_hanging_up_ends_with_the_first_token(fake: FakeServer) -> None:
@@ -152,6 +155,14 @@ def test_a_duration_starts_over_and_cuts(fake: FakeServer) -> None:
     assert result.summary.attempts < len(result.attempts) - 2
     prompts = [tuple(b["prompt"]) for b in fake.measured]
     assert len(set(prompts)) == len(prompts)
+
+
+def test_a_duration_is_kept_when_one_client_reaches_the_end_of_the_workload(
+    fake: FakeServer,
+) -> None:
+    result = go(fake, workload([2, 3]), Load(clients=1, duration=0.5))
+    assert max(a.request for a in result.attempts) >= 4
+    assert result.summary.seconds >= 0.5
 
 
 def test_open_loop_keeps_its_times_whatever_the_server_does(fake: FakeServer) -> None:
@@ -178,6 +189,21 @@ def test_chat_is_driven_with_text(fake: FakeServer) -> None:
     assert result.attempts[0].met
     (body,) = fake.measured
     assert len(body["messages"][0]["content"].split()) == 4
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_is_output_under_either_name(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    async def think(_: object) -> AsyncIterator[bytes]:
+        for delta in ({name: "hm"}, {name: None, "content": "yes"}):
+            yield b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    monkeypatch.setattr(fake, "stream", think)
+    requests = replace(workload([2]), output=None)
+    result = go(fake, requests, Load(clients=1), lengths="model", target={"api": "chat"})
+    assert [a.output_tokens for a in result.attempts] == [2]
 
 
 def test_the_slo_is_sent_when_asked_for(fake: FakeServer) -> None:

@@ -60,6 +60,11 @@ def test_burstgpt_leaves_failed_requests_out_and_says_so(tmp_path: Path) -> None
     assert made.notes == ("1 failed requests of the trace (0 tokens) left out",)
 
 
+def test_times_start_with_the_first_request_that_was_served(tmp_path: Path) -> None:
+    made = load(write(tmp_path, "burst.csv", bad(BURST, ",18,", ",0,").replace(",0,417", ",9,426")))
+    assert made.arrival.tolist() == [0, 73]
+
+
 def test_mooncake_spreads_coarse_stamps_and_keeps_prefixes(tmp_path: Path) -> None:
     made = load(write(tmp_path, "m.jsonl.gz", "\n".join(map(json.dumps, MOONCAKE)) + "\n"))
     assert made.arrival.tolist() == [0, 1.5, 3]

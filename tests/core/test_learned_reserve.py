@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,6 +128,6 @@ def test_it_learns_lengths_and_serves_all() -> None:
         ({"window": 1}, "window is 1"),
     ],
 )
-def test_bad_parameters_are_named(changes: dict[str, float], words: str) -> None:
+def test_bad_parameters_are_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         presets.build("past-future-adaptive", **changes)

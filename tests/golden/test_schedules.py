@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ MACHINE = Capabilities(
     prefix_cache=True,
 )
 # A window that ends within the load shows the forecast learning.
-OVERRIDES = {
+OVERRIDES: dict[str, dict[str, Any]] = {
     "past-future": {"window": 8},
     "past-future-adaptive": {"window": 8, "reserve": 0.25, "evictions": 0.3},
     "past-future-artifact": {"window": 6, "cold_start": 20},

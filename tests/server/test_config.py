@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.config import ConfigError, fields, load, to_toml
+from penstock.config import BOUNDS, ConfigError, fields, load, to_toml
 from penstock.core.types import OnMiss
 from penstock.server.command import serve
 from penstock.settings import Config
@@ -93,6 +93,25 @@ def test_keys_that_no_header_can_carry_are_refused(key: str) -> None:
     assert "good" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[http]\napi_key = 'sk-1'\n",
+        "[http]\napikeys = ['sk-1']\n",
+        "[http]\napi_keys = 'sk-1'\n",
+        "[http]\ntoken = 'sk-1'\n",
+        "[slo]\nkey = 'sk-1'\n",
+        "[slo.a]\napi_key = 'sk-1'\n",
+    ],
+)
+def test_a_key_under_a_wrong_name_is_not_printed(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"p\.toml: \[(http|slo)\] ") as error:
+        load(file)
+    assert "sk-1" not in str(error.value)
+
+
 def test_keys_and_parameters_of_the_environment() -> None:
     config = load(environ={"PENSTOCK_API_KEYS": "a, b,", "PENSTOCK_PARAMETERS": "reserve=0.2, "})
     assert config.http.api_keys == ("a", "b")
@@ -114,6 +133,16 @@ def test_what_kubernetes_says_of_a_service_of_this_name_is_no_setting() -> None:
         "PENSTOCK_PORT_8000_TCP_ADDR": "10.0.0.7",
     }
     assert load(environ=environ) == Config()
+    others = {key.replace("_", "_LLAMA_3_", 1): value for key, value in environ.items()}
+    assert "PENSTOCK_LLAMA_3_PORT" in others
+    assert load(environ=others) == Config()
+
+
+def test_no_setting_is_taken_for_what_kubernetes_says() -> None:
+    with pytest.raises(ConfigError, match="PENSTOCK_KV_TRANSPORT"):
+        load(environ={"PENSTOCK_KV_TRANSPORT": "tcp://10.0.0.7:8000"})
+    with pytest.raises(ConfigError, match="PENSTOCK_ROUTER_PORT"):
+        load(environ={"PENSTOCK_ROUTER_PORT": "8000"})
 
 
 def test_the_routers_key_is_no_setting_of_the_server() -> None:
@@ -133,6 +162,22 @@ def test_slo_classes() -> None:
     config = load(slo_classes=["interactive=ttft:0.5,tpot:0.03,on_miss:expire"])
     chosen = config.slo["interactive"]
     assert (chosen.ttft, chosen.tpot, chosen.on_miss) == (0.5, 0.03, OnMiss.EXPIRE)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_bound_is_finite(tmp_path: Path, bound: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"--slo-class a={bound}:{value} .*finite number"):
+        load(slo_classes=[f"a={bound}:{value}"])
+    file = tmp_path / "p.toml"
+    file.write_text(f"[slo.a]\n{bound} = {value}\n")
+    with pytest.raises(ConfigError, match=f"{bound}.*finite number"):
+        load(file)
+
+
+def test_the_drain_has_an_end() -> None:
+    with pytest.raises(ConfigError, match=r"PENSTOCK_DRAIN_SECONDS: 'inf'.*finite number"):
+        load(environ={"PENSTOCK_DRAIN_SECONDS": "inf"})
 
 
 @pytest.mark.parametrize(

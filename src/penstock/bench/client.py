@@ -21,6 +21,7 @@ Api: TypeAlias = Literal["completions", "chat"]
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, as newer servers call it
 
 
 class _Choice(msgspec.Struct):
@@ -196,7 +197,8 @@ def _take(answer: Answer, data: bytes, *, chat: bool) -> None:
         answer.usage = event.usage.completion_tokens
     for choice in event.choices:
         delta = choice.delta or _Delta()
-        text = choice.text or delta.content or delta.reasoning_content or ""
+        thought = delta.reasoning_content or delta.reasoning
+        text = choice.text or delta.content or thought or ""
         # A chat stream opens with the role alone; any stream may close with the reason alone.
         # Other empty pieces are tokens whose text is not complete yet.
         if text or not (chat or choice.finish_reason):

@@ -153,8 +153,9 @@ class Run:
         async with self.target.session() as session:
             self.start = perf_counter()
             async with _tasks(work(session) for _ in range(clients)) as group:
-                done = queue.join() if completed is None else enough.wait()
-                await _first_of(done, group, duration)
+                # With a duration the queue may be done for a moment, until a client fills it again.
+                endless = duration is not None or completed is not None
+                await _first_of(enough.wait() if endless else queue.join(), group, duration)
 
     async def open_loop(self, speed: float = 1.0, duration: float | None = None) -> None:
         """Send each request at its arrival time divided by ``speed``.

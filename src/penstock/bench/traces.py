@@ -123,7 +123,7 @@ def load(path: Path) -> Workload:
         notes.append(f"{(~keep).sum()} failed requests of the trace (0 tokens) left out")
     if not keep.any():
         _refuse(path, "has only failed requests (0 tokens)")
-    arrival = _arrivals(table, form)
+    arrival = _arrivals(table, form, keep)
     if arrival is not None and (np.diff(arrival) < 0).any():
         where = table.place(int(np.argmax(np.diff(arrival) < 0)) + 1)
         notes.append(f"{SORTED}: {where}, column {form.time!r}, is before the row above it")
@@ -303,7 +303,8 @@ def _served(table: _Table, form: _Format, prompt: Ints, output: Ints) -> NDArray
     return served
 
 
-def _arrivals(table: _Table, form: _Format) -> Floats | None:
+def _arrivals(table: _Table, form: _Format, keep: NDArray[np.bool_]) -> Floats | None:
+    """Seconds since the first row to keep."""
     if form.time is None:
         return None
     if form.unit:
@@ -314,8 +315,8 @@ def _arrivals(table: _Table, form: _Format) -> Floats | None:
         bad = ~np.isfinite(times)
     if bad.any():
         table.refuse(int(np.argmax(bad)), form.time, hint)
-    start: Floats = times - times.min()
-    return start
+    since: Floats = times - times[keep].min()
+    return since
 
 
 def _date_times(frame: pl.DataFrame, column: str) -> Floats:

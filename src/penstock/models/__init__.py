@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
 
 DEMO = "demo"
 """What to write for the embedded model."""
 
-_NEEDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+_NEEDED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 
 
 class ModelNotFoundError(FileNotFoundError):
@@ -45,13 +48,22 @@ def model_path(model: str | Path) -> Path:
 
     name = str(model)
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        with suppress(LocalEntryNotFoundError):
+            # Without the patterns it would miss the files that were never fetched.
+            cached = snapshot_download(name, allow_patterns=_NEEDED, local_files_only=True)
+            if _has_weights(Path(cached)):
+                return Path(cached)
+        return Path(snapshot_download(name, allow_patterns=_NEEDED))
     except HFValidationError:
         reason = "is no folder, and no name that the hub could have"
-    except LocalEntryNotFoundError:
-        try:
-            return Path(snapshot_download(name, allow_patterns=list(_NEEDED)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = f"is no folder, and the hub did not give it: {error}"
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = f"is no folder, and the hub did not give it: {error}"
     msg = f"model {name!r} {reason}; give a model's folder, a hub name, or {DEMO!r}"
-    raise ModelNotFoundError(msg) from None
+    raise ModelNotFoundError(msg)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether they are all there: a fetch that was cut leaves a snapshot that looks like any."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    shards = [int(match[1]) for match in map(_SHARD.fullmatch, names) if match]
+    return len(names) >= max(shards, default=1)

@@ -203,6 +203,7 @@ class Metrics:
             self._outcome(slo_class, "met", choice.tokens)
             self.goodput.labels(self._model, slo_class).inc(choice.tokens)
             self._recent.append((choice.times.end, choice.tokens))
+            self._forget(choice.times.end)  # nobody may ever ask for the rate
         else:
             self._outcome(slo_class, "missed", choice.tokens)
 
@@ -233,6 +234,9 @@ class Metrics:
 
     def goodput_rate(self, now: float) -> float:
         """Output tokens per second of met requests that ended in the last ten seconds."""
+        self._forget(now)
+        return sum(tokens for _, tokens in self._recent) / _WINDOW
+
+    def _forget(self, now: float) -> None:
         while self._recent and self._recent[0][0] < now - _WINDOW:
             self._recent.popleft()
-        return sum(tokens for _, tokens in self._recent) / _WINDOW
