@@ -28,6 +28,8 @@ BOTH: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"1" * 5000: 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"4096": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"05": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"5\n": 1}}, "logit_bias", "invalid_value"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_value"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
     ({"stop": [""]}, "stop[0]", "invalid_value"),
@@ -44,7 +46,13 @@ BOTH: list[tuple[dict[str, Any], str, str]] = [
     ({"priority": 3}, "priority", "unsupported_parameter"),
     ({"slo": {"class": "absent"}}, "slo.class", "invalid_value"),
     ({"slo": {"ttft_ms": -1}}, "slo.ttft_ms", "invalid_value"),
+    ({"slo": {"ttft_ms": 1e-323}}, "slo.ttft_ms", "invalid_value"),
     ({"slo": {"ttft": 1}}, "slo.ttft", "unknown_parameter"),
+    ({"slo": {"ttft-ms": 500}}, "slo.'ttft-ms'", "unknown_parameter"),
+    ({"slo": {"str": 500}}, "slo.str", "unknown_parameter"),
+    ({"guided.json": 1}, "'guided.json'", "unknown_parameter"),
+    ({"": 1}, "''", "unknown_parameter"),
+    ({"y" * 5000: 1}, "y" * 80, "unknown_parameter"),
     ({"max_tokens": 5000}, "max_tokens", "context_length_exceeded"),
 ]
 CHAT_ONLY: list[tuple[dict[str, Any], str, str]] = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from penstock.config import BOUNDS
 from penstock.core.types import SLO, OnMiss
 from penstock.server.errors import ApiError
-from penstock.server.slo import MAX_MS, resolve
+from penstock.server.slo import MAX_MS, MIN_MS, resolve
 from penstock.settings import SLOClass
 from tests.server.harness import Server, long_completion, wait_until
 
@@ -21,12 +21,13 @@ CLASSES = {
     "interactive": SLOClass(ttft=0.5, tpot=0.03, on_miss=OnMiss.EXPIRE),
     "batch": SLOClass(e2e=600.0, on_miss=OnMiss.DEMOTE),
 }
-GOOD = st.floats(min_value=0, max_value=MAX_MS, exclude_min=True, allow_subnormal=False)
+GOOD = st.floats(min_value=MIN_MS, max_value=MAX_MS)
 BOUND = st.sampled_from(BOUNDS)
 
 
 BOUNDS_MS = st.dictionaries(BOUND, GOOD)
-WRONG = st.text() | st.floats(max_value=0).map(repr) | st.sampled_from(["nan", "inf", "1e300"])
+TOO_SMALL = st.floats(max_value=MIN_MS, exclude_max=True).map(repr)
+WRONG = st.text() | TOO_SMALL | st.sampled_from(["nan", "inf", "1e300", "1e-323"])
 
 
 @given(BOUNDS_MS, BOUNDS_MS, st.sampled_from([*CLASSES, None]))
@@ -59,7 +60,7 @@ def test_a_bad_header_is_named(bound: str, value: str) -> None:
     except ValueError:
         number = math.nan
     header = f"x-slo-{bound}-ms"
-    if 0 < number <= MAX_MS:
+    if MIN_MS <= number <= MAX_MS:
         assert resolve({header: value}, None, {}).slo != SLO()
         return
     with pytest.raises(ApiError) as refusal:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -47,6 +47,7 @@ def build_app(service: Service) -> ASGIApp:
         exception_handlers={
             ApiError: routes.on_api_error,
             HTTPException: on_http_exception,
+            ClientDisconnect: on_exception,  # or it is logged as a fault of ours, too
             Exception: on_exception,
         },
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,11 +23,11 @@ from penstock.server.answers import (
     on_http_exception,
     read_body,
 )
-from penstock.server.errors import ApiError, unavailable
+from penstock.server.errors import ApiError
 from penstock.server.metrics import CONTENT_TYPE
 from penstock.server.reply import RAW_SEND
 from penstock.server.requests import headers_of
-from penstock.server.service import Service, request_id_of
+from penstock.server.service import Service, request_id_of, shutting_down
 
 _PROTECTED = "/v1/"
 
@@ -69,9 +69,7 @@ class Edge:
             )
         if self._service.draining and scope["method"] == "POST":
             retry = max(1, round(self._service.config.http.drain_seconds))
-            error = unavailable("the server is shutting down", "shutting_down", retry)
-            error.headers["connection"] = "close"
-            return error
+            return shutting_down(retry)
         return None
 
     def _authorized(self, headers: Any) -> bool:
@@ -102,6 +100,8 @@ def build_app(service: Service) -> ASGIApp:
         exception_handlers={
             ApiError: routes.on_api_error,
             HTTPException: on_http_exception,
+            # Named, since what is handled as any Exception is logged as a fault of ours, too.
+            ClientDisconnect: on_exception,
             Exception: on_exception,
         },
     )
@@ -121,8 +121,9 @@ class _Routes:
         async def endpoint(request: Request) -> Any:
             headers = headers_of(request.scope["headers"])
             request_id_of(headers)
-            raw = await read_body(request, self._service.config.http.max_body_bytes)
-            return await handle(raw, headers)
+            async with self._service.taking_in():
+                raw = await read_body(request, self._service.config.http.max_body_bytes)
+                return await handle(raw, headers)
 
         return endpoint
 

@@ -34,6 +34,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
+        sock.listen()  # with SO_REUSEADDR another server may hold the port until one listens
     except OSError as error:
         if sock is not None:
             sock.close()

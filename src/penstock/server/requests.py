@@ -8,7 +8,9 @@ change the output.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -25,9 +27,13 @@ UNSUPPORTED = frozenset(
     " use_beam_search verbosity web_search_options".split()
 )
 _NOTHING: Mapping[str, float] = MappingProxyType({})
-# Digits of a token id: Python refuses to read numbers of some thousands.
-_LONGEST_ID = 20
+# One way to write each id: otherwise a small vocabulary could be biased a million times.
+# At most so many digits: Python refuses to read numbers of some thousands.
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,19}")
+# How much of a key that a client made up is shown in a refusal.
+_LONGEST_NAME = 80
 MAX_CHOICES = 128
+MAX_BIASES = 1 << 18
 MAX_LOGPROBS = 20
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -121,14 +127,13 @@ class CommonBody(BaseModel):
         """None: no log probabilities; k: the token's own and the top k."""
         return None
 
-    def sampling(
-        self, vocabulary: int, choice: int, recommended: Mapping[str, float] = _NOTHING
-    ) -> SamplingParams:
-        """Sampling parameters of one choice; choices of a seeded request differ by their index.
+    def samplings(
+        self, vocabulary: int, recommended: Mapping[str, float] = _NOTHING
+    ) -> list[SamplingParams]:
+        """Sampling parameters of each of ``n`` choices; those of a seeded request differ by seed.
 
         Args:
             vocabulary: number of token ids.
-            choice: index of the choice.
             recommended: what the model's makers recommend, for what the request does not say.
 
         Raises:
@@ -140,7 +145,7 @@ class CommonBody(BaseModel):
             own: float = getattr(self, name)
             return own if name in said else recommended.get(name, own)
 
-        return SamplingParams(
+        first = SamplingParams(
             temperature=float(value("temperature")),
             top_p=float(value("top_p")),
             top_k=int(value("top_k")),
@@ -149,18 +154,22 @@ class CommonBody(BaseModel):
             presence_penalty=float(self.presence_penalty),
             frequency_penalty=float(self.frequency_penalty),
             logit_bias=self._bias(vocabulary),
-            seed=None if self.seed is None else (self.seed + choice) % (1 << 63),
+            seed=None if self.seed is None else self.seed % (1 << 63),
             logprobs=self.top_logprobs_asked,
             stop_token_ids=token_ids("stop_token_ids", self.stop_token_ids, vocabulary),
             ignore_eos=self.ignore_eos,
         )
+        if self.seed is None:
+            return [first] * self.n
+        seeds = [(self.seed + choice) % (1 << 63) for choice in range(self.n)]
+        return [replace(first, seed=seed) for seed in seeds]
 
     def _bias(self, vocabulary: int) -> dict[int, float]:
         biases = {}
         for key, bias in self.logit_bias.items():
-            if not key.isascii() or not key.isdigit() or len(key) > _LONGEST_ID:
-                msg = f"logit_bias has the key {key[:80]!r}; keys must be token ids"
-                raise invalid("logit_bias", msg)
+            if _TOKEN_ID.fullmatch(key) is None:
+                msg = f"logit_bias has the key {key[:_LONGEST_NAME]!r}; keys must be token ids"
+                raise invalid("logit_bias", f"{msg} without leading zeros")
             (token,) = token_ids("logit_bias", [int(key)], vocabulary)
             biases[token] = float(bias)
         return biases
@@ -181,7 +190,7 @@ class Message(BaseModel):
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: list[TextPart]
+    content: Annotated[list[TextPart], Field(fail_fast=True)]
 
     @model_validator(mode="before")
     @classmethod
@@ -210,7 +219,8 @@ class Message(BaseModel):
 class ChatBody(CommonBody):
     """Body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    # A million faults take half a minute to be told, and only the first one is.
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -253,6 +263,9 @@ class CompletionBody(CommonBody):
     @classmethod
     def _as_list(cls, value: object) -> object:
         prompts = [value] if isinstance(value, str) or _are_token_ids(value) else value
+        if isinstance(prompts, list) and len(prompts) > MAX_CHOICES:
+            msg = f"it has {len(prompts)} prompts; at most {MAX_CHOICES} are allowed"
+            raise ValueError(msg)
         texts = isinstance(prompts, list) and all(isinstance(item, str) for item in prompts)
         ids = isinstance(prompts, list) and all(_are_token_ids(item) for item in prompts)
         if not prompts or not (texts or ids):
@@ -319,6 +332,7 @@ def _first_fault(error: ValidationError) -> ApiError:
     if field in UNSUPPORTED:
         return invalid(param, f"{field} is not supported by this server", "unsupported_parameter")
     if fault["type"] == "extra_forbidden":
+        param = _extra_param(fault["loc"])
         return invalid(param, f"{param} is not a parameter of this route", "unknown_parameter")
     if not param:
         message = str(fault["msg"]).removeprefix("Value error, ")
@@ -329,6 +343,13 @@ def _first_fault(error: ValidationError) -> ApiError:
     message = message.replace("Input should", "it must").replace("List should", "it must")
     code = "invalid_type" if fault["type"].endswith("_type") else "invalid_value"
     return invalid(param, f"{param} is {shown}: {message[0].lower()}{message[1:]}", code)
+
+
+def _extra_param(location: tuple[int | str, ...]) -> str:
+    # The client's own word, which may be anything, and is the very thing to be told.
+    path, name = _param(location[:-1]), str(location[-1])[:_LONGEST_NAME]
+    name = name if name.isidentifier() else repr(name)
+    return f"{path}.{name}" if path else name
 
 
 def _param(location: tuple[int | str, ...]) -> str:

@@ -18,11 +18,10 @@ from penstock.core.policies import presets
 from penstock.server.app import build_app
 from penstock.server.backend import build_backend, instance_preset
 from penstock.server.client import EngineClient
-from penstock.server.errors import unavailable
 from penstock.server.listen import HttpServer, configure_logs
 from penstock.server.messages import Event, Ready
 from penstock.server.metrics import Metrics
-from penstock.server.service import Service
+from penstock.server.service import Service, shutting_down
 from penstock.server.supervisor import EngineStartError
 from penstock.settings import Config
 from penstock.text.tokenizer import TextTokenizer
@@ -85,6 +84,9 @@ class _Server:
             await asyncio.wait({http, engine, asked}, return_when=asyncio.FIRST_COMPLETED)
             if engine.done():
                 status = self._report_engine_failure(engine)
+            elif http.done():
+                self._log.error("http_failed", exc_info=http.exception())
+                status = 1
             else:
                 await self._drain()
         finally:
@@ -110,13 +112,13 @@ class _Server:
         await self._idle_within(_LAST_WORDS)
 
     async def _idle_within(self, seconds: float) -> None:
-        if self._service.replies:
+        if self._service.busy:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._service.idle.wait(), seconds)
 
     def _end_all(self) -> None:
-        error = unavailable("the server is shutting down", "shutting_down")
-        self._client.fail_all(error)
+        self._service.give_up_coming()
+        self._client.fail_all(shutting_down())
 
     def _report_engine_failure(self, engine: asyncio.Task[None]) -> int:
         error = engine.exception()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,9 @@ from penstock.server.metrics import Metrics
 from penstock.server.prompts import chat_prompt, completion_prompts
 from penstock.server.reply import Reply
 from penstock.server.requests import (
+    MAX_BIASES,
     MAX_CHOICES,
+    Body,
     ChatBody,
     CommonBody,
     CompletionBody,
@@ -34,6 +37,8 @@ from penstock.settings import Config
 from penstock.text.stream import TextStream
 from penstock.text.tokenizer import TextTokenizer
 
+# Checking this many bytes takes some milliseconds at worst; longer bodies go to a thread.
+_LONG_BODY = 1 << 15
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -44,7 +49,8 @@ class Service:
     Attributes:
         model: id of the one model that is served.
         replies: open responses by response id.
-        idle: set when the last reply has ended.
+        coming: requests of which there is no reply yet; each one's time-out is how to end it.
+        idle: set when the last of both has ended.
         draining: set on the way out; new requests get 503.
     """
 
@@ -56,6 +62,7 @@ class Service:
     started: float
     priorities: bool
     replies: dict[str, Reply] = field(default_factory=dict)
+    coming: set[asyncio.Timeout] = field(default_factory=set)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
     log: Any = field(default_factory=lambda: structlog.get_logger("penstock.http"))
@@ -72,8 +79,8 @@ class Service:
             ApiError: the request was refused.
         """
         arrival = time.monotonic()
-        body = parse(ChatBody, raw)
-        self._check(body)
+        body = await _read(ChatBody, raw)
+        self._check(body, prompts=1)
         prompts = await chat_prompt(self.text, body)
         return self._open(body, prompts, headers, arrival, ChatShape, "chatcmpl")
 
@@ -84,17 +91,52 @@ class Service:
             ApiError: the request was refused.
         """
         arrival = time.monotonic()
-        body = parse(CompletionBody, raw)
-        self._check(body)
+        body = await _read(CompletionBody, raw)
+        self._check(body, prompts=len(body.prompt))
         prompts = await completion_prompts(self.text, body)
         return self._open(body, prompts, headers, arrival, CompletionShape, "cmpl")
+
+    @contextlib.asynccontextmanager
+    async def taking_in(self) -> AsyncIterator[None]:
+        """Around a request from its head to its reply.
+
+        Raises:
+            ApiError: 503, :meth:`give_up_coming` was called.
+        """
+        try:
+            async with asyncio.timeout(None) as limit:
+                self.coming.add(limit)
+                self.idle.clear()
+                try:
+                    yield
+                finally:
+                    self.coming.remove(limit)
+                    self._note_idle()
+        except TimeoutError:
+            raise shutting_down() from None
+
+    def give_up_coming(self) -> None:
+        """Refuse all requests of which there is no reply yet."""
+        now = asyncio.get_running_loop().time()
+        for limit in self.coming:
+            if not limit.expired():
+                limit.reschedule(now)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is open or coming."""
+        return bool(self.replies or self.coming)
+
+    def _note_idle(self) -> None:
+        if not self.busy:
+            self.idle.set()
 
     def find(self, name: str) -> Reply | None:
         """The open response of this id, or the latest of this ``x-request-id``."""
         named = (reply for reply in reversed(self.replies.values()) if reply.request_id == name)
         return self.replies.get(name) or next(named, None)
 
-    def _check(self, body: CommonBody) -> None:
+    def _check(self, body: CommonBody, prompts: int) -> None:
         if body.model != self.model:
             msg = f"model {body.model!r} does not exist; this server has {self.model!r}"
             raise ApiError(404, msg, code="model_not_found", param="model")
@@ -104,6 +146,13 @@ class Service:
         if body.priority and not self.priorities:
             msg = f"priority is {body.priority}, but this server's order ignores priorities"
             raise invalid("priority", msg, "unsupported_parameter")
+        choices = prompts * body.n
+        if choices > MAX_CHOICES:
+            msg = f"{prompts} prompts with n={body.n} ask for too many choices; at most"
+            raise invalid(_multiplier(body), f"{msg} {MAX_CHOICES}")
+        if len(body.logit_bias) * choices > MAX_BIASES:
+            msg = f"logit_bias has {len(body.logit_bias)} token ids; with {choices} choices it may"
+            raise invalid("logit_bias", f"{msg} have at most {MAX_BIASES // choices}")
 
     def _open(
         self,
@@ -114,15 +163,16 @@ class Service:
         make_shape: type[ChatShape | CompletionShape],
         prefix: str,
     ) -> Reply:
-        field = "n" if body.n > 1 else "prompt"
-        if len(prompts) * body.n > MAX_CHOICES:
-            msg = f"{len(prompts)} prompts with n={body.n} ask for too many choices; at most"
-            raise invalid(field, f"{msg} {MAX_CHOICES}")
         slo = body.slo.model_dump(by_alias=True, exclude_none=True) if body.slo else None
         promise = resolve(headers, slo, self.config.slo)
+        if self.client.ready is None:
+            # An outage is no time in which all promises are kept.
+            count = len(prompts) * body.n
+            self.metrics.on_refusal(promise.slo_class, "engine_not_ready", count)
+            raise unavailable("the model is still being loaded", "engine_not_ready")
         response_id = f"{prefix}-{uuid.uuid4().hex}"
         parts = self._parts(body, prompts, promise, response_id, arrival)
-        self._gate([request for request, _ in parts], promise, field)
+        self._gate([request for request, _ in parts], promise, _multiplier(body))
         mailbox = Mailbox()
         choices = [
             self._submit(body, request, work, index, index // body.n, promise, mailbox)
@@ -162,8 +212,9 @@ class Service:
         arrival: float,
     ) -> list[tuple[Request, Work]]:
         parts = []
+        samplings = body.samplings(self.text.vocab_size, self.text.sampling)
         for index in range(len(prompts) * body.n):
-            prompt = prompts[index // body.n]
+            prompt, sampling = prompts[index // body.n], samplings[index % body.n]
             request = Request(
                 id=f"{response_id}-{index}",
                 prompt_tokens=len(prompt),
@@ -174,14 +225,12 @@ class Service:
                 priority=body.priority,
                 on_miss=promise.on_miss,
             )
-            sampling = body.sampling(self.text.vocab_size, index % body.n, self.text.sampling)
             parts.append((request, Work(prompt, sampling, body.trace_output_tokens)))
         return parts
 
     def _cap(self, prompt_tokens: int, asked: int | None) -> int:
         ready = self.client.ready
-        if ready is None:
-            raise unavailable("the model is still being loaded", "engine_not_ready")
+        assert ready is not None
         limit = min(ready.max_request_tokens, ready.kv_tokens)
         room = limit - prompt_tokens
         if room >= max(1, asked or 1):
@@ -243,8 +292,7 @@ class Service:
 
     def _on_end(self, reply: Reply, status: int, request_id: str, response_id: str) -> None:
         del self.replies[response_id]
-        if not self.replies:
-            self.idle.set()
+        self._note_idle()
         first = reply.choices[0]
         times = first.times
         usage = reply.usage
@@ -262,6 +310,27 @@ class Service:
             ttft_s=round(times.first - times.arrival, 6) if first.tokens else None,
             e2e_s=round(times.end - times.arrival, 6),
         )
+
+
+def shutting_down(retry: int = 1) -> ApiError:
+    """The refusal of what a server on its way out will not serve.
+
+    Args:
+        retry: whole seconds after which to come back.
+    """
+    error = unavailable("the server is shutting down", "shutting_down", retry)
+    # Its body may not have been read, so the connection cannot be used again.
+    error.headers["connection"] = "close"
+    return error
+
+
+async def _read(kind: type[Body], raw: bytes) -> Body:
+    return parse(kind, raw) if len(raw) <= _LONG_BODY else await asyncio.to_thread(parse, kind, raw)
+
+
+def _multiplier(body: CommonBody) -> str:
+    # The field to make smaller where a request asks for too many outputs.
+    return "n" if body.n > 1 else "prompt"
 
 
 def request_id_of(headers: Mapping[str, str]) -> str:

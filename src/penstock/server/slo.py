@@ -17,6 +17,7 @@ from penstock.server.errors import invalid
 from penstock.settings import SLOClass
 
 DEFAULT_CLASS = "default"
+MIN_MS = 0.001
 MAX_MS = 86_400_000.0
 
 
@@ -74,8 +75,9 @@ def _milliseconds(name: str, value: object) -> float | None:
         number = float(value) if isinstance(value, str | int | float) else math.nan
     except ValueError:
         number = math.nan
-    if not 0 < number <= MAX_MS:
-        msg = f"{name} is {value!r}; it must be a number of milliseconds in (0, {MAX_MS:.0f}]"
+    if not MIN_MS <= number <= MAX_MS:
+        span = f"[{MIN_MS}, {MAX_MS:.0f}]"
+        msg = f"{name} is {value!r}; it must be a number of milliseconds in {span}"
         raise invalid(name, msg)
     return number
 
