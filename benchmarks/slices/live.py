@@ -6,10 +6,12 @@ Each preset serves the same requests on two instances of a random Llama of 32 mi
 one CPU thread each, driven by ``penstock bench`` in an open loop: lengths of ShareGPT over 8, ended
 at their true lengths by the server's test hook, which no policy sees.  ``penstock simulate`` then
 replays the same requests with step times that were recorded with *other* requests at that rate,
-under ``past-future`` before and under ``scls`` after.  The rate is set once for the machine: the
-first at which the simulator has ``sls`` produce less than 95 % of what ``past-future`` does.
-Compared are the ranking by mean response, mean, median and p90 response, throughput, and the busier
-instance's share of the time that both computed.
+under ``past-future`` before and under ``scls`` after.  A shared machine's speed doubles and halves
+within minutes, so one number is taken from the run itself: by how much its steps, all together,
+took longer than those times say (``pace``), and times are multiplied by it.  The rate is set once
+for the machine: the first at which the simulator has ``sls`` produce less than 95 % of what
+``past-future`` does.  Compared are the ranking by mean response, mean, median and p90 response,
+throughput, and the busier instance's share of the time that both computed.
 
 Expected, written before it was measured: the same ranking; response times within 10 % for presets
 that keep up, more for those that fall behind, whose response times add up every error.
@@ -23,7 +25,9 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "past_future_live"))
@@ -33,6 +37,8 @@ from live_pair import fit, penstock, record, wait_for_both
 
 from penstock.bench.local import revision, serve
 from penstock.bench.result import machine
+from penstock.core.forecast.latency.fit import Sample
+from penstock.sim import profiles
 from penstock.sim.profiling.steps import samples_of
 from penstock.sim.recording import read_steps
 
@@ -63,19 +69,34 @@ def serving(preset: str, *more: str) -> list[str]:
     return [*words, *more]
 
 
-def drive(preset: str, words: tuple[str, ...]) -> dict[str, float]:
-    """Serve a load live; what ``penstock bench`` says of it, and what the instances say."""
+class Live(NamedTuple):
+    """A live run: what ``penstock bench`` says of it, and the steps of both instances."""
+
+    numbers: dict[str, float]
+    steps: list[Sample]
+
+
+def drive(preset: str, words: tuple[str, ...]) -> Live:
+    """Serve a load live."""
     with tempfile.TemporaryDirectory() as folder:
         out, steps = Path(folder) / "bench.json", Path(folder) / "steps.jsonl"
         with serve(serving(preset, "--record-steps", str(steps))) as url:
             wait_for_both(url)
             penstock("bench", "--url", url, *LOAD, *words, "--json", str(out))
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        busy = [
-            sum(sample.seconds for sample in samples_of(read_steps(Path(f"{steps}.{number}"))))
-            for number in (0, 1)
-        ]
-    return {**numbers(found), "busiest": max(busy) / sum(busy)}
+        parts = [samples_of(read_steps(Path(f"{steps}.{number}"))) for number in (0, 1)]
+    busy = [sum(sample.seconds for sample in part) for part in parts]
+    return Live({**numbers(found), "busiest": max(busy) / sum(busy)}, [*parts[0], *parts[1]])
+
+
+def paced(profile: Path, steps: list[Sample]) -> float:
+    """How many times as long as a profile says these steps took; the profile is made to say so."""
+    said = profiles.find(str(profile))
+    model = said.model()
+    pace = sum(step.seconds for step in steps) / sum(model.seconds(step.load) for step in steps)
+    times = {k: v if k == "rows" else v * pace for k, v in said.coefficients.items()}
+    msgspec.structs.replace(said, coefficients=times).save(profile)
+    return pace
 
 
 def predict(preset: str, profile: Path, words: tuple[str, ...]) -> dict[str, float]:
@@ -136,14 +157,13 @@ def one_trial(seed: int, rate: str) -> dict[str, dict[str, dict[str, float]]]:
         live = {preset: drive(preset, words) for preset in turns}
         # Whose steps hold many prompts at once, as those of static batches do.
         record(steps, serving("scls"), (*LOAD, *OTHER, rate))
-        fit(steps, profile)
-        return {
-            preset: {
-                "live": live[preset],
-                "simulated": predict(preset, profile, words),
-            }
-            for preset in PRESETS
-        }
+        rows = {}
+        for preset in PRESETS:
+            fit(steps, profile)
+            pace = paced(profile, live[preset].steps)
+            simulated = {**predict(preset, profile, words), "pace": pace}
+            rows[preset] = {"live": {**live[preset].numbers, "pace": 1.0}, "simulated": simulated}
+        return rows
 
 
 def main() -> None:
