@@ -433,14 +433,15 @@ def test_a_request_that_has_failed_does_not_go_on(engine: Recorder) -> None:
         engine.submit(plan(3, decode=names))
 
 
+def _dead(_: Tensor) -> None:
+    msg = "the device is gone"
+    raise RuntimeError(msg)
+
+
 def test_a_model_that_always_fails_is_not_a_requests_fault(
     engine: Recorder, poison: Callable[[Callable[[Tensor], None]], None]
 ) -> None:
-    def dead(_: Tensor) -> None:
-        msg = "the device is gone"
-        raise RuntimeError(msg)
-
-    poison(dead)
+    poison(_dead)
     for name in "ab":
         engine.open(name, Work((1, 2)))
     step = plan(
@@ -455,11 +456,7 @@ def test_a_model_that_always_fails_is_not_a_requests_fault(
 def test_a_model_that_fails_on_a_lone_request_and_on_anything_is_dead(
     engine: Recorder, poison: Callable[[Callable[[Tensor], None]], None]
 ) -> None:
-    def dead(_: Tensor) -> None:
-        msg = "the device is gone"
-        raise RuntimeError(msg)
-
-    poison(dead)
+    poison(_dead)
     engine.open("a", Work((1, 2)))
     with pytest.raises(RuntimeError, match=r"no request of a step.*the device is gone"):
         engine.submit(enter("a", 2))
