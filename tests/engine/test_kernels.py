@@ -125,6 +125,10 @@ def naive(case: Case) -> Tensor:
     return torch.cat(rows)
 
 
+# Scores reach some tens where the scale is 1, and their rounding is multiplied by that.
+FLOAT32 = 1e-4
+
+
 def check(case: Case, implementation: object, tolerance: float) -> None:
     flat_keys, flat_values = torch.cat(case.keys), torch.cat(case.values)
     implementation.store_kv(flat_keys, flat_values, case.key_cache, case.value_cache, case.slots)
@@ -144,7 +148,7 @@ def check(case: Case, implementation: object, tolerance: float) -> None:
 @settings(max_examples=50, deadline=None)
 @given(case=cases())
 def test_native_is_attention_in_float32(native: Native, case: Case) -> None:
-    check(case, native, 2e-5)
+    check(case, native, FLOAT32)
 
 
 @settings(max_examples=50, deadline=None)
@@ -156,7 +160,7 @@ def test_native_is_attention_in_bfloat16(native: Native, case: Case) -> None:
 @settings(max_examples=30, deadline=None)
 @given(case=cases())
 def test_portable_is_attention_in_float32(case: Case) -> None:
-    check(case, portable, 2e-5)
+    check(case, portable, FLOAT32)
 
 
 @settings(max_examples=20, deadline=None)
@@ -168,7 +172,7 @@ def test_portable_is_attention_in_bfloat16(case: Case) -> None:
 @settings(max_examples=10, deadline=None)
 @given(case=cases())
 def test_public_functions_dispatch(case: Case) -> None:
-    check(case, kernels, 2e-5)
+    check(case, kernels, FLOAT32)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
@@ -199,7 +203,7 @@ def test_a_long_context_is_the_same_however_many_threads_split_it(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(case, native, 2e-5)
+        check(case, native, FLOAT32)
     finally:
         torch.set_num_threads(before)
 

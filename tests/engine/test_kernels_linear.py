@@ -32,7 +32,9 @@ def linear_and_exact(
     return linear, x, exact
 
 
-shapes = st.tuples(st.integers(1, 70), st.integers(1, 100), st.integers(1, 100), st.booleans())
+# More than 32 rows, and more than 256, take other ways through AMX.
+counts = st.one_of(st.integers(1, 70), st.sampled_from([96, 256, 257, 300]))
+shapes = st.tuples(counts, st.integers(1, 100), st.integers(1, 100), st.booleans())
 
 
 # Without vector instructions for bfloat16 oneDNN has no such layout, and none is asked for.
@@ -52,7 +54,7 @@ def test_onednn_layout_is_linear(shape: tuple[int, int, int, bool], dtype: torch
 
 
 # Multiples of 32 go to AMX where there is one.
-widths = st.one_of(st.integers(1, 100).map(lambda n: 2 * n), st.sampled_from([32, 64, 160]))
+widths = st.one_of(st.integers(1, 100).map(lambda n: 2 * n), st.sampled_from([32, 160, 288, 512]))
 
 
 @settings(max_examples=80)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from penstock.engine import kernels
 from penstock.engine.kernels import PagedBatch
+from penstock.engine.kernels.pages import advise
 
 NAME = "penstock"
 """What ``config._attn_implementation`` is in a model of ours."""
@@ -117,8 +118,10 @@ class PagedLayer:
         self.stage = stage
         # Not zeroed: kernels read no token that has not been written, and memory
         # that is never touched is never committed.
-        self.key_cache = torch.empty((*shape, key_dim), dtype=dtype, device=device)
-        self.value_cache = torch.empty((*shape, value_dim), dtype=dtype, device=device)
+        self.key_cache, self.value_cache = (
+            advise(torch.empty((*shape, dim), dtype=dtype, device=device))
+            for dim in (key_dim, value_dim)
+        )
 
     def attend(
         self,

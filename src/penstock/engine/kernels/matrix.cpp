@@ -9,7 +9,9 @@
 //
 // Where the CPU has AMX, more than a few rows are multiplied in its tiles, 32 rows by a panel at a
 // time: VDPBF16PS runs at half rate there, AMX at eight times that. A panel happens to be two AMX
-// tiles side by side, so the weights are the same.
+// tiles side by side, so the weights are the same.  Tiles are fed from the L1 alone at full rate,
+// so where more than 32 rows pass by a panel it is taken a stretch of inputs at a time, with the
+// sums set aside meanwhile, and the next stretch is asked for in small portions all along.
 
 #include "penstock.h"
 
@@ -32,7 +34,15 @@ namespace {
 constexpr int64_t kPanel = 32;
 constexpr int kMostRows = 14;
 constexpr int64_t kParallel = 1 << 15;   // weights below which one thread is faster
-constexpr int64_t kAhead = 64 * kPanel;  // elements to prefetch ahead: 4 KiB
+// Elements to prefetch ahead, and into which cache: each measured on the CPUs that it is for.  What
+// is on its way to Intel's L1 holds one of few buffers until it has come.
+#ifdef __AMX_BF16__
+constexpr int64_t kAhead = 128 * kPanel;
+constexpr auto kInto = _MM_HINT_T1;
+#else
+constexpr int64_t kAhead = 64 * kPanel;
+constexpr auto kInto = _MM_HINT_T0;
+#endif
 
 inline __m512bh pair(const uint16_t* x) {
   int32_t both;
@@ -79,8 +89,8 @@ void tile(const uint16_t* x, const uint16_t* panel, int64_t depth, bool prefetch
     const __m512bh low = (__m512bh)_mm512_loadu_si512(weights);
     const __m512bh high = (__m512bh)_mm512_loadu_si512(weights + kPanel);
     if (prefetch) {
-      _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead + kPanel), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead), kInto);
+      _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead + kPanel), kInto);
     }
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
@@ -114,6 +124,8 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileInputs = 32;
 constexpr int64_t kFewRows = 2;  // up to here VDPBF16PS keeps up with memory
 constexpr int64_t kAtOnce = 2 * kTileRows;
+constexpr int64_t kStretch = 256;       // inputs of a panel and of 32 rows that fit the L1
+constexpr int64_t kMostRowsPast = 256;  // whose activations stay in the L2
 
 // Whether the operating system lets this process use tiles.
 bool tiles_allowed() {
@@ -144,43 +156,63 @@ void lay_out(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
                           r < rows ? _mm512_loadu_si512(x + r * depth + i) : nothing);
 }
 
-// Up to 32 rows by a panel.
+// Of 32 rows and a panel.
+struct alignas(64) Sums {
+  float tile[2][2][kTileRows][16];  // [which 16 rows][which 16 outputs]
+};
+
+// What to ask memory for meanwhile.
+struct Ahead {
+  const uint16_t* next;
+  int64_t lines;  // for each 32 inputs
+};
+
+// Sums of up to 32 rows and a panel over a stretch of inputs; `second` are rows 16 to 31.
 template <bool kTwo>
-void product(const uint16_t* x, const uint16_t* panel, int64_t depth, int64_t rows, bool prefetch,
-             const Output& to) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t i = 0; i < depth; i += kTileInputs) {
-    const uint16_t* weights = panel + i * kPanel;
-    if (prefetch)
-      for (int64_t line = 0; line < kTileInputs; ++line)
-        _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead + line * kPanel), _MM_HINT_T0);
+void multiply(const uint16_t* x, const uint16_t* second, const uint16_t* weights, int64_t inputs,
+              bool first, Ahead& ahead, Sums& sums) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums.tile[0][0], 64);
+    _tile_loadd(1, sums.tile[0][1], 64);
+    if (kTwo) {
+      _tile_loadd(2, sums.tile[1][0], 64);
+      _tile_loadd(3, sums.tile[1][1], 64);
+    }
+  }
+  for (int64_t i = 0; i < inputs; i += kTileInputs, weights += kTileInputs * kPanel) {
+    for (int64_t line = 0; line < ahead.lines; ++line, ahead.next += kPanel)
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.next), kInto);
     _tile_loadd(4, x + i * kTileRows, 2 * kTileInputs);
     _tile_loadd(6, weights, 4 * kPanel);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, weights + kPanel, 4 * kPanel);
     _tile_dpbf16ps(1, 4, 7);
     if (kTwo) {
-      _tile_loadd(5, x + (depth + i) * kTileRows, 2 * kTileInputs);
+      _tile_loadd(5, second + i * kTileRows, 2 * kTileInputs);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  alignas(64) float sums[2][2][kTileRows][16];
-  _tile_stored(0, sums[0][0], 64);
-  _tile_stored(1, sums[0][1], 64);
+  _tile_stored(0, sums.tile[0][0], 64);
+  _tile_stored(1, sums.tile[0][1], 64);
   if (kTwo) {
-    _tile_stored(2, sums[1][0], 64);
-    _tile_stored(3, sums[1][1], 64);
+    _tile_stored(2, sums.tile[1][0], 64);
+    _tile_stored(3, sums.tile[1][1], 64);
   }
+}
+
+void write(const Sums& sums, int64_t rows, const Output& to) {
   __m512 bias[2];
   for (int half = 0; half < 2; ++half)
     bias[half] = to.bias ? widened(to.bias + 16 * half, to.mask >> (16 * half))
                          : _mm512_setzero_ps();
   for (int64_t r = 0; r < rows; ++r) {
-    const auto& tile = sums[r / kTileRows];
+    const auto& tile = sums.tile[r / kTileRows];
     const int64_t at = r % kTileRows;
     finish(r, _mm512_add_ps(bias[0], _mm512_load_ps(tile[0][at])),
            _mm512_add_ps(bias[1], _mm512_load_ps(tile[1][at])), to);
@@ -206,10 +238,30 @@ uint16_t* working_memory(int64_t elements) {
 
 #ifdef __AMX_BF16__
 
+// A call's rows `from` up to `until`, in the order of tiles, past a panel.
+void pass_panel(const PenstockLinear& a, const uint16_t* ordered, const uint16_t* residual,
+                uint16_t* out, int64_t from, int64_t until, int64_t p, Sums* sums) {
+  const int64_t pairs = (until - from + kAtOnce - 1) / kAtOnce;
+  const int64_t stretch = pairs == 1 ? a.inputs : kStretch;
+  const int64_t lines = (kTileInputs + pairs - 1) / pairs;
+  const uint16_t* panel = a.weight + p * kPanel * a.inputs;
+  for (int64_t i = 0; i < a.inputs; i += stretch) {
+    const int64_t inputs = std::min(stretch, a.inputs - i), end = i + inputs;
+    Ahead ahead{panel + (pairs == 1 ? kAhead : end * kPanel), lines};
+    for (int64_t t = 0; t < pairs; ++t) {
+      const int64_t row = from + t * kAtOnce, count = std::min(kAtOnce, until - row);
+      const uint16_t* x = ordered + row * a.inputs + i * kTileRows;
+      const auto run = count > kTileRows ? multiply<true> : multiply<false>;
+      run(x, x + kTileRows * a.inputs, panel + i * kPanel, inputs, i == 0, ahead, sums[t]);
+      if (end == a.inputs) write(sums[t], count, output_of(a, residual, out, row, p));
+    }
+  }
+}
+
 void linear_in_tiles(const PenstockLinear& a, const uint16_t* x, const uint16_t* residual,
                      uint16_t* out, int64_t rows, int32_t threads) {
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, pairs = (tiles + 1) / 2;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   uint16_t* ordered = working_memory(tiles * kTileRows * a.inputs);
 #pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs >= kParallel)
   {
@@ -218,14 +270,12 @@ void linear_in_tiles(const PenstockLinear& a, const uint16_t* x, const uint16_t*
     for (int64_t t = 0; t < tiles; ++t)
       lay_out(x + t * kTileRows * a.inputs, std::min(kTileRows, rows - t * kTileRows), a.inputs,
               ordered + t * kTileRows * a.inputs);
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t t = 0; t < pairs; ++t) {
-        const int64_t row = t * kAtOnce, count = std::min(kAtOnce, rows - row);
-        const auto run = count > kTileRows ? product<true> : product<false>;
-        run(ordered + row * a.inputs, a.weight + p * kPanel * a.inputs, a.inputs, count, t == 0,
-            output_of(a, residual, out, row, p));
-      }
+    Sums sums[kMostRowsPast / kAtOnce];
+    for (int64_t from = 0; from < rows; from += kMostRowsPast) {
+#pragma omp for schedule(static) nowait
+      for (int64_t p = 0; p < panels; ++p)
+        pass_panel(a, ordered, residual, out, from, std::min(rows, from + kMostRowsPast), p, sums);
+    }
     _tile_release();
   }
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penstock.engine.kernels import structures
 from penstock.engine.kernels.batch import PagedBatch
+from penstock.engine.kernels.pages import Chunks, Piece
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _PANEL = 32  # outputs that matrix.cpp keeps together
@@ -24,7 +25,8 @@ class PackedWeight:
     """A linear layer for :meth:`Native.linear`: the C structure, and what it points to."""
 
     pointers: structures.Linear
-    tensors: tuple[Tensor, ...]
+    weight: Piece
+    bias: Tensor | None
 
 
 class Native:
@@ -59,6 +61,7 @@ class Native:
         self._linear = bind("linear", None, *[pointer] * 4, size, number)
         self._layer = bind("layer", number, *[pointer] * 3)
         self._layer_scratch = bind("layer_scratch", size, pointer)
+        self._weights = Chunks()
         self._has_linear = bool(bind("has_linear", number)())
 
     @staticmethod
@@ -225,11 +228,12 @@ class Native:
         """Copy a linear layer's ``[outputs, inputs]`` weight into the kernel's layout."""
         outputs, inputs = weight.shape
         weight = weight.contiguous()
-        packed = weight.new_empty(-(-outputs // _PANEL) * _PANEL * inputs)
-        self._pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs)
-        tensors = (packed,) if bias is None else (packed, bias.contiguous())
-        pointers = [tensor.data_ptr() for tensor in tensors] + [0] * (bias is None)
-        return PackedWeight(structures.Linear(*pointers, outputs, inputs), tensors)
+        piece = self._weights.take(weight, -(-outputs // _PANEL) * _PANEL * inputs)
+        packed = piece.tensor.data_ptr()
+        self._pack(weight.data_ptr(), packed, outputs, inputs)
+        bias = None if bias is None else bias.contiguous()
+        added = 0 if bias is None else bias.data_ptr()
+        return PackedWeight(structures.Linear(packed, added, outputs, inputs), piece, bias)
 
     def linear(self, layer: PackedWeight, x: Tensor, out: Tensor) -> Tensor:
         """Write ``x @ weight.T + bias`` to ``out``; both contiguous bfloat16."""

@@ -1,0 +1,83 @@
+"""Memory on large pages: advice that changes no value, and chunks that go with what is in them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from penstock.engine.kernels import pages
+from penstock.engine.kernels.pages import Chunks, advise
+
+
+@pytest.mark.parametrize("size", [0, 1, 5_000, 1 << 20])
+def test_advice_leaves_the_values(size: int) -> None:
+    tensor = torch.arange(size)
+    assert advise(tensor) is tensor
+    assert torch.equal(tensor, torch.arange(size))
+
+
+def test_advice_is_for_whole_pages_of_the_tensor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(pages, "_madvise", lambda: lambda *call: asked.append(call) or 0)
+    monkeypatch.setattr(pages.mmap, "MADV_HUGEPAGE", 14, raising=False)
+    tensor = torch.empty(10_000, dtype=torch.uint8)
+    advise(tensor)
+    ((first, size, advice),) = asked
+    page = pages.mmap.PAGESIZE
+    begin = tensor.data_ptr()
+    assert advice == 14
+    assert first % page == size % page == 0
+    assert begin <= first
+    assert first + size <= begin + 10_000
+    assert size > 10_000 - 2 * page
+
+
+def test_without_such_advice_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.setattr(pages, "_madvise", lambda: pytest.fail("asked"))
+    advise(torch.empty(1 << 20))
+
+
+def test_pieces_lie_apart_and_on_lines() -> None:
+    chunks = Chunks()
+    like = torch.empty(0, dtype=torch.bfloat16)
+    pieces = [chunks.take(like, count) for count in (3, 1_000, 31, 64)]
+    for number, piece in enumerate(pieces):
+        piece.tensor.fill_(number)
+    for number, piece in enumerate(pieces):
+        assert torch.all(piece.tensor == number)
+        assert piece.tensor.data_ptr() % 64 == pieces[0].tensor.data_ptr() % 64
+    one = pieces[0].tensor.untyped_storage().data_ptr()
+    assert all(piece.tensor.untyped_storage().data_ptr() == one for piece in pieces)
+
+
+def test_a_piece_larger_than_a_chunk_and_another_dtype_get_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pages, "_CHUNK", 1_024)
+    chunks = Chunks()
+    like = torch.empty(0, dtype=torch.bfloat16)
+    large = chunks.take(like, 5_000)
+    small = chunks.take(like, 5)
+    other = chunks.take(torch.empty(0), 7)
+    assert [len(piece.tensor) for piece in (large, small, other)] == [5_000, 5, 7]
+    assert other.tensor.dtype == torch.float32
+    storages = {piece.tensor.untyped_storage().data_ptr() for piece in (large, small, other)}
+    assert len(storages) == 3
+
+
+def test_a_chunk_goes_with_its_last_piece() -> None:
+    chunks = Chunks()
+    like = torch.empty(0, dtype=torch.bfloat16)
+    first, second = chunks.take(like, 10), chunks.take(like, 10)
+    gone = weakref.ref(second)
+    storage = first.tensor.untyped_storage().data_ptr()
+    del second
+    gc.collect()
+    assert gone() is None
+    # Nobody knows where the rest of the chunk begins any more; a fresh one does no harm.
+    third = chunks.take(like, 10)
+    assert third.tensor.untyped_storage().data_ptr() != storage
