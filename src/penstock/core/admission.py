@@ -10,7 +10,6 @@ from penstock.core.books import Books
 from penstock.core.entry import Entry
 from penstock.core.forecast.wait import WaitForecast
 from penstock.core.lifecycle import State
-from penstock.core.memory import blocks_for
 from penstock.core.policies.base import Admit, Defer, Judge, Policy, Reject
 from penstock.core.snapshot import Candidate
 from penstock.core.types import Drop, Ended, FinishReason, PrefixKey, Start
@@ -146,23 +145,26 @@ class Admission:
             return False
         cached, held = books.hits(head) if head.request.prefix else (0, 0)
         candidate = self._candidate(draft, head, cached, held)
-        turn.judge = turn.judge or self._policy.admit.judge(books.view(draft.now))
-        answer = turn.judge(candidate)
-        if candidate.blocks > books.ledger.free and isinstance(answer, Admit):
+        judge = turn.judge
+        if judge is None:
+            judge = turn.judge = self._policy.admit.judge(books.view(draft.now))
+        answer = judge(candidate)
+        if isinstance(answer, Admit):
+            if candidate.blocks <= books.ledger.free:
+                self._start(draft, turn, head, candidate.blocks + held - cached, cached)
+                return turn.left > 0
             answer = Defer(f"KV memory: {candidate.blocks} blocks needed, {books.ledger.free} free")
         if isinstance(answer, Reject):
             tokens = books.output_tokens(head)
             turn.rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
             return True
-        if isinstance(answer, Defer) and not self._alone(candidate):
+        if self._alone(candidate):
+            self._start(draft, turn, head, candidate.blocks + held - cached, cached)
+        else:
             head.why = answer.reason
             self._block(head, self._policy.admit.holds)
-            return False
-        self._start(draft, head, cached)
-        turn.left -= 1
-        turn.places -= 1
         # This pass's judge does not count on whom it deferred.
-        return turn.left > 0 and not isinstance(answer, Defer)
+        return False
 
     def quiet_steps(self) -> float:
         """Steps after the plan just made in which no pass could bring anything new."""
@@ -200,22 +202,26 @@ class Admission:
         return not self._books.running and candidate.blocks <= self._books.ledger.free
 
     def _candidate(self, draft: Draft, entry: Entry, cached: int, held: int) -> Candidate:
-        size, total = self._books.ledger.block_size, entry.total
-        rest = max(0, total - max(cached * size, entry.imported) - draft.prefill_left)
+        books = self._books
+        size, total = books.ledger.block_size, entry.total
+        rest = total - max(cached * size, entry.imported) - draft.prefill_left
         # In the order of its fields: by name costs twice as much, for every request.
         return Candidate(
             entry.request, entry.seq, entry.generated, entry.evictions, held * size,
-            blocks_for(total, size) - held, -(-rest // self._books.prefill_per_step),
+            -(-total // size) - held, -(-rest // books.prefill_per_step) if rest > 0 else 0,
             entry.most_blocks,
         )  # fmt: skip
 
-    def _start(self, draft: Draft, entry: Entry, cached: int) -> None:
-        books = self._books
-        keys = entry.request.prefix[:cached]
+    def _start(self, draft: Draft, turn: _Turn, entry: Entry, own: int, cached: int) -> None:
+        """Start it on so many blocks of its own, behind the cached ones."""
+        request = entry.request
+        keys = request.prefix[:cached]
         if entry.evictions == 0 and entry.waited_since <= self._left_waiting:
             self.wait.admitted(draft.now)
-        imported = entry.imported
-        books.start(entry, blocks_for(entry.total, books.ledger.block_size) - cached, keys)
+        start = Start(request.id, entry.total, keys, entry.imported)
+        self._books.start(entry, own, keys)
         self.admissions += 1
-        draft.starts.append(Start(entry.request.id, entry.total, keys, imported))
+        draft.starts.append(start)
         draft.chunk(entry)
+        turn.left -= 1
+        turn.places -= 1

@@ -146,14 +146,17 @@ class Ledger:
                     next(iter(holders)).sole -= 1
                     self._common += 1
                 holders[holding] = None
-        holding.keys.extend(cached)
+        if cached:
+            holding.keys.extend(cached)
         holding.private += blocks
         self.grow(blocks)
 
     def grow(self, blocks: int) -> None:
         """Hand out private blocks to requests whose holdings are brought up to date later."""
         self._private += blocks
-        self._reclaim()
+        over = self._private + len(self._holders) + len(self._idle) - self.capacity
+        if over > 0:
+            self._reclaim(over)
 
     def give_back(self, holding: Holding) -> None:
         """Return all it holds; shared blocks that nobody else holds become idle."""
@@ -213,8 +216,7 @@ class Ledger:
         else:
             self._idle[key] = None
 
-    def _reclaim(self) -> None:
-        over = self._private + len(self._holders) + len(self._idle) - self.capacity
+    def _reclaim(self, over: int) -> None:
         while over > 0:
             if not self._idle:
                 msg = f"KV memory exceeded by {over} of {self.capacity} blocks"

@@ -90,24 +90,26 @@ class Occupancy:
             below the limit, it joined, and no peak exceeds this; else it did not, and a peak is
             this large at least.
         """
+        size = self._size
         if self._sorted is None:
-            most = self._ends - (-(tokens + max(steps)) // self._size)
+            most = self._ends - (-(tokens + max(steps)) // size)
             if most < limit:
                 self._ends = most
                 self._joined.append((tokens, steps))
                 return most
         else:
-            outlines, size = self._outlined(), self._size
-            grown = [
-                outline.grown(tokens, until, size)
-                for outline, until in zip(outlines, steps, strict=True)
-            ]
-            most = max([max(outline.most) for outline in grown])
+            outlines = self._outlines
+            if outlines is None:
+                outlines = self._outlined()
+            most = least = 0
+            for outline, until in zip(outlines, steps, strict=True):
+                held, floor = outline.try_on(tokens + size - 1, until, size)
+                most, least = max(most, held), max(least, floor)
             if most < limit:
-                self._outlines = grown
+                for outline in outlines:
+                    outline.keep()
                 self._joined.append((tokens, steps))
                 return most
-            least = max([outline.least for outline in grown])
             if least >= limit:
                 return least
         return self._join_exactly(tokens, steps, limit)
@@ -135,9 +137,8 @@ class Occupancy:
         )
 
     def _outlined(self) -> list[_Outline]:
-        if self._outlines is None:
-            assert self._sorted is not None
-            self._outlines = [_outline(*rows) for rows in zip(*self._sorted, strict=True)]
+        assert self._sorted is not None
+        self._outlines = [_outline(*rows) for rows in zip(*self._sorted, strict=True)]
         return self._outlines
 
 
@@ -158,33 +159,52 @@ class _Sorted(NamedTuple):
         return found
 
 
-class _Outline(NamedTuple):
-    """One scenario in spans of time, from the last to the first, as columns; steps and blocks.
+class _Outline:
+    """One scenario in spans of time, from the last to the first; steps and blocks.
 
-    Attributes:
-        after, until: of which moments each is: above the one, up to the other.
-        most: bounds of what is held in it.
-        moment: of the peak when this was drawn.
+    Args:
+        spans: of which moments each is: above the first of a pair, up to the second.
+        most: bounds of what is held in each.
+        moment: of the peak.
         least: what is held at it.
     """
 
-    after: list[int]
-    until: list[int]
-    most: list[int]
-    moment: int
-    least: int
+    __slots__ = ("_least", "_moment", "_most", "_spans", "_tried")
 
-    def grown(self, tokens: int, steps: int, size: int) -> _Outline:
-        """With one more request."""
-        after, until, most, moment, least = self
-        more = tokens + size - 1
-        most = [
-            held + (more + min(end, steps)) // size if start < steps else held
-            for start, end, held in zip(after, until, most, strict=True)
-        ]
-        if moment <= steps:
-            least += (more + moment) // size
-        return _Outline(after, until, most, moment, least)
+    def __init__(
+        self, spans: list[tuple[int, int]], most: list[int], moment: int, least: int
+    ) -> None:
+        self._spans = spans
+        self._most = most
+        self._moment = moment
+        self._least = least
+        self._tried = most, least
+
+    def try_on(self, more: int, until: int, size: int) -> tuple[int, int]:
+        """Bounds of the peak with one more request, from above and from below.
+
+        Args:
+            more: what it holds after the current step, in tokens, rounded up to blocks once it
+                is divided by their size.
+            until: steps that it goes on.
+        """
+        tried = []
+        for (after, end), held in zip(self._spans, self._most, strict=True):
+            if after >= until:
+                tried.append(held)
+                continue
+            # A call of min would cost as much as all else here.
+            moment = end if end < until else until  # noqa: FURB136
+            tried.append(held + (more + moment) // size)
+        least = self._least
+        if self._moment <= until:
+            least += (more + self._moment) // size
+        self._tried = tried, least
+        return max(tried), least
+
+    def keep(self) -> None:
+        """The one that was tried on last has joined."""
+        self._most, self._least = self._tried
 
 
 def _outline(steps: Ints, at_end: Ints) -> _Outline:
@@ -195,9 +215,8 @@ def _outline(steps: Ints, at_end: Ints) -> _Outline:
     most = np.maximum.reduceat(at_end, first).tolist()
     ends = steps.take(first).tolist()
     # After the last end there is nobody; a newcomer may be.
-    return _Outline(
-        [*ends, -1], [_NEVER, *ends], [0, *most], steps.item(peak_row), at_end.item(peak_row)
-    )
+    spans = list(zip([*ends, -1], [_NEVER, *ends], strict=True))
+    return _Outline(spans, [0, *most], steps.item(peak_row), at_end.item(peak_row))
 
 
 def _sort(tokens: Ints, steps: Ints, size: int) -> _Sorted:

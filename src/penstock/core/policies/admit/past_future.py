@@ -28,6 +28,7 @@ import numpy as np
 
 from penstock.core.forecast.lengths import LengthHistory
 from penstock.core.forecast.occupancy import Occupancy
+from penstock.core.forecast.uniform import Uniform
 from penstock.core.policies.base import ADMIT, Answer, Defer, Judge
 from penstock.core.snapshot import Candidate, Snapshot
 from penstock.core.types import Ended, FinishReason
@@ -61,29 +62,33 @@ class PastFuture:
     holds: int = 10
     history: LengthHistory = field(init=False)
     forecasts: int = field(default=0, init=False)
+    _uniform: Uniform = field(init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.reserve < 1:
             msg = f"reserve is {self.reserve}; it must be in [0, 1)"
             raise ValueError(msg)
         self.history = LengthHistory(self.window, self.cold_start)
+        self._uniform = Uniform(self.rng)
 
     def judge(self, view: Snapshot) -> Judge:
         """Open a pass; lengths are drawn once they can matter."""
         limit = (1 - self.reserve) * view.capacity
         fixed = view.shared + view.lingering
+        room = limit - fixed
+        binding, overlap = view.caps_bind, view.overlap
         # What all would hold with their caps in full.
-        most = view.reserved + fixed if view.caps_bind else math.inf
+        most = view.reserved + fixed if binding else math.inf
         scenarios = scenario_count(view.running)
         admitted: list[Candidate] = []
         future: Occupancy | None = None
 
         def steps_of(candidate: Candidate) -> list[int]:
             """After the current one, per scenario; unconditional, also after an eviction."""
-            uniform = self.rng.random(scenarios).tolist()
-            cap, had = candidate.request.cap, candidate.generated + 1
-            more = candidate.lag + view.overlap
-            lengths = self.history.draw_new(uniform, cap, binding=view.caps_bind)
+            request, had = candidate.request, candidate.generated + 1
+            more = candidate.lag + overlap
+            uniform = self._uniform.take(scenarios).tolist()
+            lengths = self.history.draw_new(uniform, request.cap, binding=binding)
             return [length - had + more if length > had else more for length in lengths]
 
         def answer(candidate: Candidate) -> Answer:
@@ -97,8 +102,8 @@ class PastFuture:
                 future = self._occupancy(view, scenarios)
                 for earlier in admitted:
                     future.join_below(earlier.tokens, steps_of(earlier), math.inf)
-            worst = future.join_below(candidate.tokens, steps_of(candidate), limit - fixed)
-            if worst < limit - fixed:
+            worst = future.join_below(candidate.tokens, steps_of(candidate), room)
+            if worst < room:
                 return ADMIT
             return Defer(
                 f"KV memory: the forecast peak, {fixed + worst} blocks or more, is not below "
@@ -110,7 +115,8 @@ class PastFuture:
     def _occupancy(self, view: Snapshot, scenarios: int) -> Occupancy:
         """The joint scenarios of one pass."""
         columns = view.columns
-        uniform = self.rng.random((scenarios, len(columns)))
+        count = len(columns)
+        uniform = self._uniform.take(scenarios * count).reshape(scenarios, count)
         generated = columns.generated
         lengths = self.history.draw_running(uniform, generated, columns.cap, binding=view.caps_bind)
         steps = np.maximum(0, lengths - (generated + 1))
