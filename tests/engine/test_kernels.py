@@ -41,8 +41,8 @@ class Case:
 def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Case:
     """A random step: mixed prefill and decode, blocks scattered over the cache."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 5]))
-    dim = draw(st.sampled_from([8, 16, 24, 64, 128]))
+    kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 5, 12]))
+    dim = draw(st.sampled_from([8, 16, 24, 32, 64, 96, 128]))
     value_dim = draw(st.sampled_from([dim, 16, 40]))
     block_size = draw(st.sampled_from([1, 4, 16, 64]))
     lengths = draw(

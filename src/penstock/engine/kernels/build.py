@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 SOURCES = ("paged.cpp", "layers.cpp", "matrix.cpp", "decoder.cpp")
-HEADERS = ("lanes.h", "penstock.h", "work.h")
+HEADERS = ("lanes.h", "paged_tiles.h", "penstock.h", "tiles.h", "work.h")
 
 
 class BuildError(RuntimeError):

@@ -33,6 +33,16 @@ struct AlignedFloats {
   AlignedFloats& operator=(const AlignedFloats&) = delete;
 };
 
+struct Halves {
+  uint16_t* data;
+  explicit Halves(int64_t count) : memory_((count + 1) / 2) {
+    data = reinterpret_cast<uint16_t*>(memory_.data);
+  }
+
+ private:
+  AlignedFloats memory_;
+};
+
 inline Lanes splat(float x) { return Lanes{} + x; }
 
 inline Lanes load_full(const float* from) {

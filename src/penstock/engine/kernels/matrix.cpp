@@ -14,6 +14,7 @@
 // sums set aside meanwhile, and the next stretch is asked for in small portions all along.
 
 #include "penstock.h"
+#include "tiles.h"
 
 #include <algorithm>
 #include <array>
@@ -24,11 +25,6 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
 
 constexpr int64_t kPanel = 32;
@@ -36,7 +32,7 @@ constexpr int kMostRows = 14;
 constexpr int64_t kParallel = 1 << 15;   // weights below which one thread is faster
 // Elements to prefetch ahead, and into which cache: each measured on the CPUs that it is for.  What
 // is on its way to Intel's L1 holds one of few buffers until it has come.
-#ifdef __AMX_BF16__
+#ifdef PENSTOCK_TILES
 constexpr int64_t kAhead = 128 * kPanel;
 constexpr auto kInto = _MM_HINT_T1;
 #else
@@ -118,34 +114,12 @@ void reorder(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
       std::memcpy(to + i * rows + 2 * r, x + r * depth + i, 2 * sizeof *x);
 }
 
-#ifdef __AMX_BF16__
+#ifdef PENSTOCK_TILES
 
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileInputs = 32;
 constexpr int64_t kFewRows = 2;  // up to here VDPBF16PS keeps up with memory
 constexpr int64_t kAtOnce = 2 * kTileRows;
 constexpr int64_t kStretch = 256;       // inputs of a panel and of 32 rows that fit the L1
 constexpr int64_t kMostRowsPast = 256;  // whose activations stay in the L2
-
-// Whether the operating system lets this process use tiles.
-bool tiles_allowed() {
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  return allowed;
-}
-
-void configure_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; ++i) {
-    config.bytes[i] = 64;
-    config.rows[i] = kTileRows;
-  }
-  _tile_loadconfig(&config);
-}
 
 // Rows of one tile, for 32 inputs at a time; rows that do not exist are 0.
 void lay_out(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
@@ -171,6 +145,7 @@ struct Ahead {
 template <bool kTwo>
 void multiply(const uint16_t* x, const uint16_t* second, const uint16_t* weights, int64_t inputs,
               bool first, Ahead& ahead, Sums& sums) {
+  before_tiles_load();
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -236,7 +211,7 @@ uint16_t* working_memory(int64_t elements) {
   return buffer.data();
 }
 
-#ifdef __AMX_BF16__
+#ifdef PENSTOCK_TILES
 
 // A call's rows `from` up to `until`, in the order of tiles, past a panel.
 void pass_panel(const PenstockLinear& a, const uint16_t* ordered, const uint16_t* residual,
@@ -292,7 +267,7 @@ extern "C" void penstock_linear(const PenstockLinear* layer, const void* input,
   const uint16_t* x = static_cast<const uint16_t*>(input);
   const uint16_t* residual = static_cast<const uint16_t*>(added);
   uint16_t* out = static_cast<uint16_t*>(output);
-#ifdef __AMX_BF16__
+#ifdef PENSTOCK_TILES
   if (rows > kFewRows && a.inputs % kTileInputs == 0 && tiles_allowed()) {
     linear_in_tiles(a, x, residual, out, rows, threads);
     return;

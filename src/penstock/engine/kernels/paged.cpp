@@ -15,6 +15,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef __AVX512BF16__
@@ -22,6 +23,7 @@
 #endif
 
 #include "lanes.h"
+#include "paged_tiles.h"
 #include "penstock.h"
 #include "work.h"
 
@@ -32,7 +34,7 @@ class Attention {
  public:
   explicit Attention(const PenstockAttention& call)
       : a(call), group(call.heads / call.kv_heads), dim(round_up(call.dim)),
-        value_dim(round_up(call.value_dim)) {
+        value_dim(round_up(call.value_dim)), tiles(for_tiles(call)) {
     plan();
   }
 
@@ -48,24 +50,27 @@ class Attention {
     // Made here, because an exception must not leave a parallel region.
     std::vector<std::unique_ptr<Scratch>> scratches;
     for (int t = 0; t < helpers; ++t)
-      scratches.push_back(std::make_unique<Scratch>(dim, value_dim));
+      scratches.push_back(std::make_unique<Scratch>(dim, value_dim, tiles));
     std::atomic<int64_t> next_unit{0}, next_merge{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const int me = thread_number();
+      if (tiles) configure_tiles();
       for (int64_t i; me < helpers && (i = next_unit.fetch_add(chunk)) < count;)
         for (int64_t end = std::min(count, i + chunk); i < end; ++i)
-          attend(units[i], *scratches[me]);
+          attend(units[i], i + 1 < count ? &units[i + 1] : nullptr, *scratches[me]);
 #pragma omp barrier
       const int64_t rest = static_cast<int64_t>(merges.size());
       for (int64_t i; me < helpers && (i = next_merge.fetch_add(1)) < rest;)
         merge(merges[i], *scratches[me]);
+      if (tiles) release_tiles();
     }
   }
 
  private:
   const PenstockAttention& a;
   const int64_t group, dim, value_dim;  // widths rounded up to whole Lanes
+  const bool tiles;                     // whether AMX multiplies
   std::vector<Unit> units;
   std::vector<Merge> merges;
   std::vector<float> partials;
@@ -117,17 +122,28 @@ class Attention {
            head * a.query_head_stride;
   }
 
-  void attend(const Unit& unit, Scratch& w) const {
+  static bool for_tiles(const PenstockAttention& call) {
+    return call.bfloat16 && call.dim % kTileInputs == 0 && call.value_dim % kTileInputs == 0 &&
+           tiles_allowed();
+  }
+
+  bool in_tiles(int32_t rows) const { return tiles && rows >= kTileLeast; }
+
+  // `next` is what this thread probably does next.
+  void attend(const Unit& unit, const Unit* next, Scratch& w) const {
+    if (in_tiles(unit.rows)) lay_out_queries(unit, *w.tiles);
     for (int32_t r = 0; r < unit.rows; ++r)
       widen(query_row(unit.sequence, unit.kv_head, unit.row + r), w.query.data + r * dim, a.dim,
             dim, a.scale);
     std::fill_n(w.peak.data, unit.rows, kNever);
     std::fill_n(w.total.data, unit.rows, 0.0f);
     std::fill_n(w.sums.data, unit.rows * value_dim, 0.0f);
+    locate(unit, unit.kv_begin, unit.kv_end, w.coming);
     for (int32_t at = unit.kv_begin; at < unit.kv_end; at += kTokens) {
-      const int32_t tokens = std::min(kTokens, unit.kv_end - at);
-      locate(unit, at, tokens, w);
-      if (unit.rows <= kFewRows) prefetch(tokens, w);
+      std::swap(w.rows, w.coming);
+      look_ahead(unit, at + kTokens, next, w.coming);
+      const int32_t tokens = static_cast<int32_t>(w.rows.count);
+      if (unit.rows <= kFewRows && !in_tiles(unit.rows)) prefetch(tokens, w);
       score(unit, tokens, w);
       soften(unit, at, tokens, w);
       gather_values(unit.rows, tokens, w);
@@ -143,31 +159,60 @@ class Attention {
     std::memcpy(to + 2 * kRows, w.sums.data, unit.rows * value_dim * sizeof(float));
   }
 
-  // Where the tile's KV rows are.
-  void locate(const Unit& unit, int32_t at, int32_t tokens, Scratch& w) const {
+  // Where a tile's KV rows are.
+  void locate(const Unit& unit, int32_t at, int32_t end, KvRows& to) const {
+    const int32_t tokens = std::min(kTokens, end - at);
     const int32_t* table = a.block_table + unit.sequence * a.table_stride;
-    for (int32_t j = 0; j < tokens;) {
-      const int64_t block = (at + j) / a.block_size, offset = (at + j) % a.block_size;
-      const int64_t base = (table[block] * a.kv_heads + unit.kv_head) * a.block_size + offset;
-      const int32_t run = static_cast<int32_t>(
-          std::min<int64_t>(tokens - j, a.block_size - offset));
-      for (int32_t i = 0; i < run; ++i, ++j) {
-        w.key_rows[j] = static_cast<const T*>(a.key_cache) + (base + i) * a.dim;
-        w.value_rows[j] = static_cast<const T*>(a.value_cache) + (base + i) * a.value_dim;
+    int64_t block = at / a.block_size, offset = at % a.block_size;
+    for (int32_t j = 0; j < tokens; ++block, offset = 0) {
+      const int64_t row = (table[block] * a.kv_heads + unit.kv_head) * a.block_size + offset;
+      const T* key = static_cast<const T*>(a.key_cache) + row * a.dim;
+      const T* value = static_cast<const T*>(a.value_cache) + row * a.value_dim;
+      for (int64_t i = offset; i < a.block_size && j < tokens; ++i, ++j) {
+        to.keys[j] = key;
+        to.values[j] = value;
+        key += a.dim;
+        value += a.value_dim;
       }
     }
+    to.count = tokens;
   }
 
   // Values are needed only after the scores, and blocks lie anywhere: ask for them now.
   void prefetch(int32_t tokens, const Scratch& w) const {
     for (int32_t j = 0; j < tokens; ++j)
       for (int64_t d = 0; d < a.value_dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-        __builtin_prefetch(static_cast<const T*>(w.value_rows[j]) + d);
+        __builtin_prefetch(static_cast<const T*>(w.rows.values[j]) + d);
+  }
+
+  // What comes after this tile, here or in the thread's next unit.  Where products are quick it is
+  // asked for while they are made: memory is all there is to wait for then.
+  void look_ahead(const Unit& unit, int32_t at, const Unit* next, KvRows& to) const {
+    to.count = 0;
+    if (at < unit.kv_end)
+      locate(unit, at, unit.kv_end, to);
+    else if (tiles && next)
+      locate(*next, next->kv_begin, next->kv_end, to);
+  }
+
+  void lay_out_queries(const Unit& unit, TileScratch& w) const {
+    for (int32_t from = 0; from < unit.rows; from += kTileRows) {
+      const uint16_t* rows[kTileRows];
+      const int32_t count = std::min<int32_t>(kTileRows, unit.rows - from);
+      for (int32_t r = 0; r < count; ++r)
+        rows[r] = reinterpret_cast<const uint16_t*>(
+            query_row(unit.sequence, unit.kv_head, unit.row + from + r));
+      queries_to_tiles(rows, count, a.dim, w.queries.data + from * a.dim);
+    }
   }
 
   // scores[r][j] = query[r] . key[j]
   void score(const Unit& unit, int32_t tokens, Scratch& w) const {
     const int32_t rows = unit.rows;
+    if (in_tiles(rows)) {
+      scores_in_tiles(w.rows, w.coming, a.dim, rows, a.scale, *w.tiles, w.scores.data);
+      return;
+    }
     if (rows <= kFewRows) {
       for (int32_t j = 0; j < tokens; j += kLanes)
         score_few(unit, j, std::min(kLanes, tokens - j), w);
@@ -177,7 +222,7 @@ class Attention {
       for (int64_t d = 0; d < dim; d += kLanes) {
         Lanes tile[kLanes];
         for (int32_t i = 0; i < kLanes; ++i)
-          tile[i] = j + i < tokens ? load(static_cast<const T*>(w.key_rows[j + i]), d, a.dim)
+          tile[i] = j + i < tokens ? load(static_cast<const T*>(w.rows.keys[j + i]), d, a.dim)
                                    : Lanes{};
         transpose(tile);
         for (int32_t i = 0; i < kLanes; ++i) store(w.keys.data + (d + i) * kTokens + j, tile[i]);
@@ -189,7 +234,7 @@ class Attention {
   void score_few(const Unit& unit, int32_t j, int32_t count, Scratch& w) const {
     for (int32_t r = 0; r < unit.rows; ++r) {
       Lanes sums[kLanes];
-      dots(unit, r, &w.key_rows[j], count, w, sums);
+      dots(unit, r, &w.rows.keys[j], count, w, sums);
       for (int32_t i = count; i < kLanes; ++i) sums[i] = Lanes{};
       store(w.scores.data + r * kTokens + j, row_sums(sums));
     }
@@ -257,6 +302,11 @@ class Attention {
 
   // sums[r] += weights[r] . values
   void gather_values(int32_t rows, int32_t tokens, Scratch& w) const {
+    if (in_tiles(rows)) {
+      values_in_tiles(w.scores.data, w.rows, w.coming, a.value_dim, rows, *w.tiles,
+                      w.sums.data);
+      return;
+    }
     if (rows <= kFewRows) {
       int32_t r = 0;
       for (; r + 4 <= rows; r += 4) gather_few<4>(r, tokens, w);
@@ -265,7 +315,7 @@ class Attention {
       return;
     }
     for (int32_t j = 0; j < tokens; ++j)
-      widen(static_cast<const T*>(w.value_rows[j]), w.values.data + j * value_dim, a.value_dim,
+      widen(static_cast<const T*>(w.rows.values[j]), w.values.data + j * value_dim, a.value_dim,
             value_dim, 1.0f);
     multiply<true>(w.scores.data, kTokens, w.values.data, value_dim, rows, tokens, w.sums.data,
                    value_dim);
@@ -286,7 +336,7 @@ class Attention {
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < W; ++c) sums[r][c] = load_full(to + r * value_dim + c * kLanes);
     for (int32_t j = 0; j < tokens; ++j) {
-      const T* row = static_cast<const T*>(w.value_rows[j]);
+      const T* row = static_cast<const T*>(w.rows.values[j]);
       Lanes value[W];
       for (int c = 0; c < W; ++c)
         value[c] = W > 1 ? load_full(row + d + c * kLanes) : load(row, d, a.value_dim);
