@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -19,20 +18,24 @@ def test_advice_leaves_the_values(size: int) -> None:
     assert torch.equal(tensor, torch.arange(size))
 
 
-def test_advice_is_for_whole_pages_of_the_tensor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_is_for_large_pages_that_are_all_the_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
     monkeypatch.setattr(pages, "_madvise", lambda: lambda *call: asked.append(call) or 0)
     monkeypatch.setattr(pages.mmap, "MADV_HUGEPAGE", 14, raising=False)
-    tensor = torch.empty(10_000, dtype=torch.uint8)
+    large = 2 << 20
+    advise(torch.empty(large - 1, dtype=torch.uint8))
+    assert asked == []
+    tensor = torch.empty(4 * large, dtype=torch.uint8)
     advise(tensor)
     ((first, size, advice),) = asked
-    page = pages.mmap.PAGESIZE
     begin = tensor.data_ptr()
     assert advice == 14
-    assert first % page == size % page == 0
+    assert first % large == size % large == 0
     assert begin <= first
-    assert first + size <= begin + 10_000
-    assert size > 10_000 - 2 * page
+    assert first + size <= begin + 4 * large
+    assert size >= 3 * large
 
 
 def test_without_such_advice_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,15 +72,27 @@ def test_a_piece_larger_than_a_chunk_and_another_dtype_get_their_own(
     assert len(storages) == 3
 
 
+def test_what_the_last_pieces_leave_is_used_again() -> None:
+    chunks = Chunks()
+    like = torch.empty(0, dtype=torch.bfloat16)
+    first, second, third = (chunks.take(like, 100) for _ in range(3))
+    places = [piece.tensor.data_ptr() for piece in (first, second, third)]
+    # A piece in the middle leaves a hole until those behind it go as well.
+    del second
+    fourth = chunks.take(like, 10)
+    assert fourth.tensor.data_ptr() > places[2]
+    del third, fourth
+    assert chunks.take(like, 100).tensor.data_ptr() == places[1]
+    assert first.tensor.data_ptr() == places[0]
+
+
 def test_a_chunk_goes_with_its_last_piece() -> None:
     chunks = Chunks()
     like = torch.empty(0, dtype=torch.bfloat16)
-    first, second = chunks.take(like, 10), chunks.take(like, 10)
-    gone = weakref.ref(second)
-    storage = first.tensor.untyped_storage().data_ptr()
-    del second
-    gc.collect()
-    assert gone() is None
-    # Nobody knows where the rest of the chunk begins any more; a fresh one does no harm.
-    third = chunks.take(like, 10)
-    assert third.tensor.untyped_storage().data_ptr() != storage
+    first = chunks.take(like, 10)
+    storage = weakref.ref(first.tensor.untyped_storage())
+    kept = first.rest.untyped_storage().data_ptr()
+    del first
+    assert storage() is None
+    assert chunks.take(like, 10).tensor.numel() == 10
+    assert kept

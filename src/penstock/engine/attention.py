@@ -116,8 +116,8 @@ class PagedLayer:
         device: torch.device,
     ) -> None:
         self.stage = stage
-        # Not zeroed: kernels read no token that has not been written, and memory
-        # that is never touched is never committed.
+        # Not zeroed: kernels read no token that has not been written, and large pages
+        # that are never touched are never committed.
         self.key_cache, self.value_cache = (
             advise(torch.empty((*shape, dim), dtype=dtype, device=device))
             for dim in (key_dim, value_dim)

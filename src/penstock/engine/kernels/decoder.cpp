@@ -33,7 +33,7 @@ int penstock_layer(const PenstockLayer* layer, const PenstockStep* step, void* h
   uint16_t* inner = both + tokens * width.both;
 
   penstock_rms_norm(hidden, a.input_norm, normed, tokens, width.hidden, a.input_eps, threads, 1);
-  penstock_linear(&a.qkv, normed, nullptr, qkv, tokens, threads);
+  if (penstock_linear(&a.qkv, normed, nullptr, qkv, tokens, threads)) return 1;
 
   PenstockRotary rotary = a.rotary;
   rotary.qkv = qkv;
@@ -58,12 +58,11 @@ int penstock_layer(const PenstockLayer* layer, const PenstockStep* step, void* h
   attention.threads = threads;
   if (penstock_attention(&attention)) return 1;
 
-  penstock_linear(&a.out, heads, hidden, hidden, tokens, threads);
+  if (penstock_linear(&a.out, heads, hidden, hidden, tokens, threads)) return 1;
   penstock_rms_norm(hidden, a.post_norm, normed, tokens, width.hidden, a.post_eps, threads, 1);
-  penstock_linear(&a.gate_up, normed, nullptr, both, tokens, threads);
+  if (penstock_linear(&a.gate_up, normed, nullptr, both, tokens, threads)) return 1;
   penstock_gated_silu(both, inner, tokens, width.inner, threads, 1);
-  penstock_linear(&a.down, inner, hidden, hidden, tokens, threads);
-  return 0;
+  return penstock_linear(&a.down, inner, hidden, hidden, tokens, threads);
 }
 
 int64_t penstock_layer_size() { return sizeof(PenstockLayer); }

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, without intrinsics: what the attention and matrix kernels are made of.
+// Sixteen floats at a time, without intrinsics: what attention and the layer operations are made of.
 #pragma once
 
 #include <cmath>

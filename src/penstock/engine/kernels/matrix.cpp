@@ -1,5 +1,6 @@
 // Linear layers in bfloat16 for CPUs with AVX-512 BF16: weights packed once into panels of 32
-// outputs, each streamed through memory once per step.  Other CPUs use oneDNN; see linear.py.
+// outputs, each streamed through memory once per step, or once per 256 rows where a step has more.
+// Other CPUs use oneDNN; see linear.py.
 //
 // A panel holds, for each pair of inputs, the 32 weights of both: what VDPBF16PS multiplies by a
 // broadcast pair of activations.  Up to 14 rows keep their sums in registers over the whole
@@ -13,14 +14,16 @@
 // so where more than 32 rows pass by a panel it is taken a stretch of inputs at a time, with the
 // sums set aside meanwhile, and the next stretch is asked for in small portions all along.
 
+#include "lanes.h"
 #include "penstock.h"
 #include "tiles.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <utility>
-#include <vector>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -119,7 +122,7 @@ void reorder(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
 constexpr int64_t kFewRows = 2;  // up to here VDPBF16PS keeps up with memory
 constexpr int64_t kAtOnce = 2 * kTileRows;
 constexpr int64_t kStretch = 256;       // inputs of a panel and of 32 rows that fit the L1
-constexpr int64_t kMostRowsPast = 256;  // whose activations stay in the L2
+constexpr int64_t kMostRowsPast = 256;  // whose activations stay in the L2, up to 4,096 inputs
 
 // Rows of one tile, for 32 inputs at a time; rows that do not exist are 0.
 void lay_out(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
@@ -143,8 +146,8 @@ struct Ahead {
 
 // Sums of up to 32 rows and a panel over a stretch of inputs; `second` are rows 16 to 31.
 template <bool kTwo>
-void multiply(const uint16_t* x, const uint16_t* second, const uint16_t* weights, int64_t inputs,
-              bool first, Ahead& ahead, Sums& sums) {
+void multiply_stretch(const uint16_t* x, const uint16_t* second, const uint16_t* weights,
+                      int64_t inputs, bool first, Ahead& ahead, Sums& sums) {
   before_tiles_load();
   if (first) {
     _tile_zero(0);
@@ -206,9 +209,15 @@ Output output_of(const PenstockLinear& layer, const uint16_t* residual, uint16_t
 }
 
 uint16_t* working_memory(int64_t elements) {
-  static thread_local std::vector<uint16_t> buffer;
-  if (buffer.size() < static_cast<size_t>(elements)) buffer.resize(elements);
-  return buffer.data();
+  static thread_local std::unique_ptr<Halves> buffer;
+  static thread_local int64_t size = 0;
+  if (size < elements) {
+    size = 0;
+    buffer.reset();
+    buffer = std::make_unique<Halves>(elements);
+    size = elements;
+  }
+  return buffer->data;
 }
 
 #ifdef PENSTOCK_TILES
@@ -226,7 +235,7 @@ void pass_panel(const PenstockLinear& a, const uint16_t* ordered, const uint16_t
     for (int64_t t = 0; t < pairs; ++t) {
       const int64_t row = from + t * kAtOnce, count = std::min(kAtOnce, until - row);
       const uint16_t* x = ordered + row * a.inputs + i * kTileRows;
-      const auto run = count > kTileRows ? multiply<true> : multiply<false>;
+      const auto run = count > kTileRows ? multiply_stretch<true> : multiply_stretch<false>;
       run(x, x + kTileRows * a.inputs, panel + i * kPanel, inputs, i == 0, ahead, sums[t]);
       if (end == a.inputs) write(sums[t], count, output_of(a, residual, out, row, p));
     }
@@ -236,8 +245,12 @@ void pass_panel(const PenstockLinear& a, const uint16_t* ordered, const uint16_t
 void linear_in_tiles(const PenstockLinear& a, const uint16_t* x, const uint16_t* residual,
                      uint16_t* out, int64_t rows, int32_t threads) {
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, pairs = (tiles + 1) / 2;
   uint16_t* ordered = working_memory(tiles * kTileRows * a.inputs);
+  // As few parts of the rows as stay in the cache, and as keep all threads busy.
+  const int64_t needed = (rows + kMostRowsPast - 1) / kMostRowsPast;
+  const int64_t busy = std::min(pairs, (threads + panels - 1) / panels);
+  const int64_t each = (pairs + std::max(needed, busy) - 1) / std::max(needed, busy) * kAtOnce;
 #pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs >= kParallel)
   {
     configure_tiles();
@@ -246,12 +259,11 @@ void linear_in_tiles(const PenstockLinear& a, const uint16_t* x, const uint16_t*
       lay_out(x + t * kTileRows * a.inputs, std::min(kTileRows, rows - t * kTileRows), a.inputs,
               ordered + t * kTileRows * a.inputs);
     Sums sums[kMostRowsPast / kAtOnce];
-    for (int64_t from = 0; from < rows; from += kMostRowsPast) {
-#pragma omp for schedule(static) nowait
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t from = 0; from < rows; from += each)
       for (int64_t p = 0; p < panels; ++p)
-        pass_panel(a, ordered, residual, out, from, std::min(rows, from + kMostRowsPast), p, sums);
-    }
-    _tile_release();
+        pass_panel(a, ordered, residual, out, from, std::min(rows, from + each), p, sums);
+    release_tiles();
   }
 }
 
@@ -261,9 +273,10 @@ void linear_in_tiles(const PenstockLinear& a, const uint16_t* x, const uint16_t*
 
 extern "C" int32_t penstock_has_linear() { return 1; }
 
-extern "C" void penstock_linear(const PenstockLinear* layer, const void* input,
-                                const void* added, void* output, int64_t rows, int32_t threads) {
-  const PenstockLinear& a = *layer;
+namespace {
+
+void linear(const PenstockLinear& a, const void* input, const void* added, void* output,
+            int64_t rows, int32_t threads) {
   const uint16_t* x = static_cast<const uint16_t*>(input);
   const uint16_t* residual = static_cast<const uint16_t*>(added);
   uint16_t* out = static_cast<uint16_t*>(output);
@@ -298,12 +311,26 @@ extern "C" void penstock_linear(const PenstockLinear* layer, const void* input,
   }
 }
 
+}  // namespace
+
+extern "C" int penstock_linear(const PenstockLinear* layer, const void* x, const void* residual,
+                               void* out, int64_t rows, int32_t threads) {
+  try {
+    linear(*layer, x, residual, out, rows, threads);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
 #else
 
 extern "C" int32_t penstock_has_linear() { return 0; }
 
-extern "C" void penstock_linear(const PenstockLinear*, const void*, const void*, void*, int64_t,
-                                int32_t) {}
+extern "C" int penstock_linear(const PenstockLinear*, const void*, const void*, void*, int64_t,
+                               int32_t) {
+  return 1;
+}
 
 #endif
 

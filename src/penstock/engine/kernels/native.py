@@ -58,7 +58,7 @@ class Native:
         self._rms_norm = bind("rms_norm", None, *norm)
         self._gated_silu = bind("gated_silu", None, *[pointer] * 2, *[size] * 2, *[number] * 2)
         self._pack = bind("pack", None, *[pointer] * 2, *[size] * 2)
-        self._linear = bind("linear", None, *[pointer] * 4, size, number)
+        self._linear = bind("linear", number, *[pointer] * 4, size, number)
         self._layer = bind("layer", number, *[pointer] * 3)
         self._layer_scratch = bind("layer_scratch", size, pointer)
         self._weights = Chunks()
@@ -241,14 +241,18 @@ class Native:
         if x.dtype is not torch.bfloat16:
             msg = f"a bfloat16 linear layer was given {x.dtype}"
             raise TypeError(msg)
-        self._linear(
+        rows = x.numel() // layer.pointers.inputs
+        failed = self._linear(
             ctypes.byref(layer.pointers),
             x.data_ptr(),
             0,
             out.data_ptr(),
-            x.numel() // layer.pointers.inputs,
+            rows,
             torch.get_num_threads(),
         )
+        if failed:
+            msg = f"no memory for a linear layer of {rows} rows"
+            raise MemoryError(msg)
         return out
 
     def layer_scratch(self, layer: structures.Layer) -> int:

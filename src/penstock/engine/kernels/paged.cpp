@@ -1,5 +1,6 @@
 // Paged attention and the KV store for CPUs, in portable C++17 with GCC/Clang vector extensions:
 // the compiler lowers Lanes (16 floats) to AVX-512, AVX2, SSE or NEON, whatever the machine has.
+// Dot products in bfloat16 (below) and products in AMX tiles (paged_tiles.h) are what is not.
 //
 // The unit of work is (sequence, KV head, tile of query rows, range of KV).  A row is one pair
 // (query token, query head of the KV head's group), so decoding, where a tile has few rows, and
@@ -82,12 +83,12 @@ class Attention {
   }
 
   void plan() {
-    int64_t tiles = 0;
+    int64_t parts = 0;
     for (int64_t s = 0; s < a.sequences; ++s) {
       const int64_t rows = (a.query_start[s + 1] - a.query_start[s]) * group;
-      tiles += (rows + kRows - 1) / kRows * a.kv_heads;
+      parts += (rows + kRows - 1) / kRows * a.kv_heads;
     }
-    const int64_t wanted = tiles ? std::max<int64_t>(1, 2 * a.threads / tiles) : 1;
+    const int64_t wanted = parts ? std::max<int64_t>(1, 2 * a.threads / parts) : 1;
     for (int32_t s = 0; s < a.sequences; ++s)
       for (int32_t h = 0; h < a.kv_heads; ++h) {
         const int32_t all = (a.query_start[s + 1] - a.query_start[s]) * static_cast<int32_t>(group);
@@ -132,7 +133,8 @@ class Attention {
   // `next` is what this thread probably does next.
   void attend(const Unit& unit, const Unit* next, Scratch& w) const {
     if (in_tiles(unit.rows)) lay_out_queries(unit, *w.tiles);
-    for (int32_t r = 0; r < unit.rows; ++r)
+    // With tiles one row takes dot products in bfloat16, more become operands of tiles.
+    for (int32_t r = 0; r < unit.rows && !tiles; ++r)
       widen(query_row(unit.sequence, unit.kv_head, unit.row + r), w.query.data + r * dim, a.dim,
             dim, a.scale);
     std::fill_n(w.peak.data, unit.rows, kNever);
@@ -191,7 +193,7 @@ class Attention {
     to.count = 0;
     if (at < unit.kv_end)
       locate(unit, at, unit.kv_end, to);
-    else if (tiles && next)
+    else if (in_tiles(unit.rows) && next)
       locate(*next, next->kv_begin, next->kv_end, to);
   }
 

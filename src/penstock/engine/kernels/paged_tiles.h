@@ -3,7 +3,7 @@
 // Scores are computed as keys times queries, since keys lie as the left operand of a tile product
 // wants them: 16 tokens by 32 numbers, row by row.  The queries become the right operand once per
 // unit of work.  Values become the right operand as they are read, two tokens side by side, and
-// are multiplied by weights rounded to bfloat16, as everywhere else where bfloat16 is asked for.
+// are multiplied by weights rounded to bfloat16, which the vector kernels keep in float32.
 #pragma once
 
 #include <algorithm>

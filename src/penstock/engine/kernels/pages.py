@@ -2,7 +2,7 @@
 
 With pages of 4 KiB the processor looks up a new address every 64 lines, and its prefetching stops
 there.  Linux gives pages of 2 MiB to those who ask.  Asking is advice: where there are none, or
-on another system, nothing changes but the speed.
+on another system, nothing changes but the speed.  Memory is then committed 2 MiB at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cache
 from torch import Tensor
 
 _CHUNK = 64 << 20
+_LARGE = 2 << 20
 _LINE = 64
 
 
@@ -27,10 +28,10 @@ def advise(tensor: Tensor) -> Tensor:
         return tensor
     begin = tensor.data_ptr()
     end = begin + tensor.numel() * tensor.element_size()
-    # Of whole pages: what lies around them is somebody else's.
-    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-    if end - first >= mmap.PAGESIZE:
-        _madvise()(first, (end - first) // mmap.PAGESIZE * mmap.PAGESIZE, wanted)
+    # Of whole large pages: what lies around them is somebody else's.
+    first, last = -(-begin // _LARGE) * _LARGE, end // _LARGE * _LARGE
+    if first < last:
+        _madvise()(first, last - first, wanted)
     return tensor
 
 
@@ -51,25 +52,36 @@ class Piece:
 class Chunks:
     """Lays small tensors side by side, so that they too are on large pages.
 
-    A chunk lives as long as one of its pieces does.
+    A chunk lives as long as one of its pieces does.  What the last pieces of a chunk leave is
+    used again.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._latest: weakref.ref[Piece] | None = None
+        # Of the latest chunk, as they lie.
+        self._pieces: list[weakref.ref[Piece]] = []
 
     def take(self, like: Tensor, count: int) -> Piece:
         """Memory for so many elements, uninitialised, of the dtype of ``like``."""
         size = like.element_size()
         whole = -(-count * size // _LINE) * _LINE // size
         with self._lock:
-            latest = self._latest() if self._latest else None
-            rest = like.new_empty(0) if latest is None else latest.rest
-            if rest.dtype != like.dtype or rest.numel() < whole:
+            rest = self._rest()
+            if rest is None or rest.dtype != like.dtype or rest.numel() < whole:
                 rest = advise(like.new_empty(max(whole, _CHUNK // size)))
+                self._pieces.clear()
             piece = Piece(rest[:count], rest[whole:])
-            self._latest = weakref.ref(piece)
+            self._pieces.append(weakref.ref(piece))
         return piece
+
+    def _rest(self) -> Tensor | None:
+        """What lies behind the last piece that is left."""
+        while self._pieces:
+            last = self._pieces[-1]()
+            if last is not None:
+                return last.rest
+            self._pieces.pop()
+        return None
 
 
 @cache

@@ -96,8 +96,9 @@ int32_t penstock_has_linear();
 void penstock_pack(const uint16_t* weight, uint16_t* packed, int64_t outputs, int64_t inputs);
 
 // out = x weight^T + bias + residual; bias and residual may be null, residual may be out.
-void penstock_linear(const PenstockLinear* layer, const void* x, const void* residual, void* out,
-                     int64_t rows, int32_t threads);
+// Returns 0, or 1 when memory ran out.
+int penstock_linear(const PenstockLinear* layer, const void* x, const void* residual, void* out,
+                    int64_t rows, int32_t threads);
 
 // Elements of scratch memory that a layer needs per token.
 int64_t penstock_layer_scratch(const PenstockLayer* layer);

@@ -25,6 +25,10 @@ inline bool tiles_allowed() {
   return allowed;
 }
 
+// The compiler does not know all that the instructions read from memory; what was written before
+// this is there after it.
+inline void before_tiles_load() { asm volatile("" ::: "memory"); }
+
 // Eight tiles of 16 rows of 64 bytes, for the calling thread, until they are released.
 inline void configure_tiles() {
   struct alignas(64) {
@@ -36,13 +40,12 @@ inline void configure_tiles() {
     config.bytes[i] = 64;
     config.rows[i] = kTileRows;
   }
+  before_tiles_load();
   _tile_loadconfig(&config);
+  before_tiles_load();
 }
 
 inline void release_tiles() { _tile_release(); }
-
-// The compiler does not know that a tile is loaded from memory that was written just before.
-inline void before_tiles_load() { asm volatile("" ::: "memory"); }
 
 #else
 
