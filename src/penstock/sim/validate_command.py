@@ -102,8 +102,7 @@ def server_of(given: ServerOptions, meta: dict[str, Any], places: int | None = N
     Raises:
         ValueError: something is not the number that it must be, or cannot be replayed.
     """
-    said = meta.get("engine_kwargs")
-    known = said if isinstance(said, dict) else {}
+    known = _engine(meta)
     memory = meta.get("kv_cache")
     blocks = memory.get("block_size") if isinstance(memory, dict) else None
 
@@ -132,6 +131,12 @@ def server_of(given: ServerOptions, meta: dict[str, Any], places: int | None = N
     )
 
 
+def _engine(meta: dict[str, Any]) -> dict[str, Any]:
+    """The options that vLLM was started with, as far as they are known."""
+    said = meta.get("engine_kwargs")
+    return said if isinstance(said, dict) else {}
+
+
 def _plans_ahead(known: dict[str, Any], meta: dict[str, Any]) -> bool:
     """Whether vLLM overlaps planning with computing."""
     said = known.get("async_scheduling")
@@ -155,6 +160,8 @@ def _model(
             raise ValueError(msg)
         return model, None  # type: ignore[return-value]  # hasattr has just said so
     prefix = profile.removeprefix(profiles.TABLE)
+    # vLLM spreads experts over all GPUs of its one engine, or splits each among them.
+    spread = data[1].parallel if _engine(meta).get("enable_expert_parallel") else 1
     layers = given.layers
     for text in (str(meta.get("model", "")), run.name, Path(prefix).name):
         layers = layers or layers_of(text)
@@ -162,13 +169,13 @@ def _model(
         layers = min(
             depths(),
             key=lambda depth: (
-                (validate(*data[:2], read_layer_table(prefix, depth), data[2])).misfit
+                (validate(*data[:2], read_layer_table(prefix, depth, spread), data[2])).misfit
             ),
         )
     if layers < 1:
         msg = f"layers is {layers}; it must be at least 1"
         raise ValueError(msg)
-    return read_layer_table(prefix, layers), layers
+    return read_layer_table(prefix, layers, spread), layers
 
 
 def _report(
