@@ -132,9 +132,9 @@ def test_most_answers_need_no_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
     future = Occupancy(ints([draw.randrange(1, 500) for _ in row]), row[np.newaxis], 16)
     sorts: list[int] = []
 
-    def counted(tokens: Ints, steps: Ints, size: int) -> object:
-        sorts.append(len(tokens))
-        return sort(tokens, steps, size)
+    def counted(rows: Ints, size: int) -> object:
+        sorts.append(rows.shape[1])
+        return sort(rows, size)
 
     sort = occupancy._sort
     limit = future.peaks[0] + 1000

@@ -120,11 +120,10 @@ class LengthHistory:
         # knots[place] is the past length before place; below g only before the first knot.
         low = knots.take(place)
         np.maximum(low, generated, out=low)
-        place += 1
-        high = knots.take(place)
+        high = knots[1:].take(place)
         last = cap if binding else np.maximum(cap, longest)
         # Beyond the longest there is only the cap.
-        np.copyto(high, last, where=place > count)
+        np.copyto(high, last, where=place >= count)
         high -= low
         position *= high
         position += low

@@ -64,7 +64,7 @@ class Occupancy:
         self._tokens = tokens
         self._steps = steps
         self._size = block_size
-        # Who joined since these were sorted, or made: tokens, and steps per scenario.
+        # Who joined: tokens, and steps per scenario.
         self._joined: list[tuple[int, Sequence[int]]] = []
         self._sorted: _Sorted | None = None
         self._outlines: list[_Outline] | None = None
@@ -77,7 +77,7 @@ class Occupancy:
     @property
     def peaks(self) -> list[int]:
         """Per scenario, in blocks."""
-        return _sort(*self._all(), self._size).peaks()
+        return self._sort().peaks()
 
     def join_below(self, tokens: int, steps: Sequence[int], limit: float) -> int:
         """Let one more request in, if no scenario's peak reaches the limit with it.
@@ -100,11 +100,14 @@ class Occupancy:
         else:
             outlines = self._outlines
             if outlines is None:
-                outlines = self._outlined()
+                outlines = [_outline(*rows) for rows in zip(*self._sorted, strict=True)]
+                self._outlines = outlines
+            more = tokens + size - 1
             most = least = 0
             for outline, until in zip(outlines, steps, strict=True):
-                held, floor = outline.try_on(tokens + size - 1, until, size)
-                most, least = max(most, held), max(least, floor)
+                held, floor = outline.try_on(more, until, size)
+                most = max(most, held)
+                least = max(least, floor)
             if most < limit:
                 for outline in outlines:
                     outline.keep()
@@ -115,31 +118,28 @@ class Occupancy:
         return self._join_exactly(tokens, steps, limit)
 
     def _join_exactly(self, tokens: int, steps: Sequence[int], limit: float) -> int:
-        rows = self._all((tokens, steps))
-        ordered = _sort(*rows, self._size)
+        self._joined.append((tokens, steps))
+        ordered = self._sort()
         worst = max(ordered.peaks())
         if worst < limit:
-            self._tokens, self._steps = rows
             self._sorted, self._outlines = ordered, None
-            self._joined.clear()
+        else:
+            self._joined.pop()
         return worst
 
-    def _all(self, *further: tuple[int, Sequence[int]]) -> tuple[Ints, Ints]:
-        """Tokens and steps of everyone, and of these."""
-        joined = [*self._joined, *further]
-        if not joined:
-            return self._tokens, self._steps
-        more = np.array([tokens for tokens, _ in joined], dtype=np.int64)
-        until = np.array([steps for _, steps in joined], dtype=np.int64)
-        return (
-            np.concatenate((self._tokens, more)),
-            np.concatenate((self._steps, until.T), axis=1),
-        )
-
-    def _outlined(self) -> list[_Outline]:
-        assert self._sorted is not None
-        self._outlines = [_outline(*rows) for rows in zip(*self._sorted, strict=True)]
-        return self._outlines
+    def _sort(self) -> _Sorted:
+        """Everyone, those who joined among them."""
+        scenarios, count = self._steps.shape
+        # Steps and tokens in one number: to sort numbers is cheaper than to find their order, and
+        # then to put two arrays into it.
+        rows = np.empty((scenarios, count + len(self._joined)), dtype=np.int64)
+        first = rows[:, :count]
+        np.left_shift(self._steps, _TOKEN_BITS, out=first)
+        first -= self._tokens
+        if self._joined:
+            joined = [[(end << _TOKEN_BITS) - held for end in ends] for held, ends in self._joined]
+            rows[:, count:] = np.array(joined).T
+        return _sort(rows, self._size)
 
 
 class _Sorted(NamedTuple):
@@ -219,12 +219,9 @@ def _outline(steps: Ints, at_end: Ints) -> _Outline:
     return _Outline(spans, [0, *most], steps.item(peak_row), at_end.item(peak_row))
 
 
-def _sort(tokens: Ints, steps: Ints, size: int) -> _Sorted:
-    count = steps.shape[1]
-    # Steps and tokens in one number: to sort numbers is cheaper than to find their order, and
-    # then to put two arrays into it.
-    rows = steps << _TOKEN_BITS
-    rows -= tokens
+def _sort(rows: Ints, size: int) -> _Sorted:
+    """Of one number for each request: its steps, times a large number, less its tokens."""
+    count = rows.shape[1]
     rows.sort(axis=1)
     rows = rows[:, ::-1]
     until = (rows + _MOST_TOKENS) >> _TOKEN_BITS
