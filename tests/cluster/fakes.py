@@ -18,6 +18,7 @@ from penstock.core.types import Capabilities, FinishReason, Request, Role
 from penstock.server.engine_loop import EngineLoop, StepPrices
 from penstock.server.factories import kv_codec
 from penstock.server.messages import (
+    NOTHING_SWAPPED,
     Add,
     Brought,
     Command,
@@ -83,6 +84,7 @@ class Client:
         self.explained: dict[int, str] = {}
         self.ready: Ready | None = None
         self.gauges: Gauges | None = None
+        self.swapped = NOTHING_SWAPPED
         self.lost: list[tuple[int, int]] = []
         self.hand_offs: list[int] = []
         self.instances: dict[int, tuple[Gauges, float]] = {}
@@ -96,7 +98,7 @@ class Client:
     def on_event(self, event: Event) -> None:
         match event:
             case Step():
-                self.gauges = event.gauges
+                self.gauges, self.swapped = event.gauges, event.swapped
                 for name, token in event.tokens.items():
                     assert name not in self.ends
                     self.tokens.setdefault(name, []).append(token)

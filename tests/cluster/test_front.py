@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.cluster.books import NOTHING
 from penstock.cluster.front import MOST_LOSSES
 from penstock.core.forecast.latency.affine import Affine
 from penstock.core.policies.fleets import FLEETS
 from penstock.core.sampling import SamplingParams
 from penstock.core.types import FinishReason
-from penstock.server.messages import Cancel, Explain
+from penstock.server.messages import NOTHING_SWAPPED, Cancel, Explain, Step, Swapped
 from penstock.server.supervisor import EngineStartError
 from tests.cluster.fakes import Hall
 
@@ -292,6 +294,21 @@ async def test_slices_are_priced_by_what_instances_measure() -> None:
     # The scripted engine says 1 ms for a step and 10 us for a token; the guess says 10 ms.
     assert measured.seconds(4, 100) < guessed / 2
     assert hall.client.instances[0][1] == 0.0
+
+
+async def test_what_instances_swap_is_told() -> None:
+    hall = Hall()
+    for number in (0, 1):
+        hall.start(number)
+        held = msgspec.structs.replace(NOTHING, host_tokens=7 + number)
+        swapped = Swapped(5, 3 + number)
+        hall.front.instance_said(number, Step({}, {}, [], 0.0, 0.0, held, swapped))
+        assert hall.client.swapped == swapped
+    assert hall.client.gauges is not None
+    assert hall.client.gauges.host_tokens == 15
+    hall.kill(0)
+    assert hall.client.gauges.host_tokens == 8
+    assert hall.client.swapped == NOTHING_SWAPPED
 
 
 @settings(max_examples=20)

@@ -167,11 +167,17 @@ def test_flags_are_refused_by_name(flags: dict[str, Any], words: str) -> None:
         "http://user:hush#1@gpu:8000",
         "http://user:hush/1@gpu:8000",
         "http://user:hush@1@gpu:8000",
+        "http://gpu:8000/v1?key=hush",
+        "http://gpu:8000?key=1@hush",
+        "http://gpu:x?key=hush",
+        "http://user:hush@gpu:8000?key=hush",
+        "http://gpu:8000#hush",
+        "gpu:8000?hush",
+        "http://gpu:8000?",
     ],
 )
-def test_credentials_in_an_address_are_refused_and_not_shown(url: str) -> None:
-    with pytest.raises(ConfigError, match="--backend") as error:
+def test_secrets_in_an_address_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="--backend number 2 has") as error:
         Settings(backend=("http://a", url)).checked()
     assert "hush" not in str(error.value)
-    assert "@gpu:8000" in str(error.value)
     assert "--api-key" in str(error.value)

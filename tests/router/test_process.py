@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import openai
@@ -9,6 +11,16 @@ import pytest
 
 from tests.router.harness import Router
 from tests.server.harness import Server, penstock, wait_until
+
+# A socket that HTTP cannot be served on, as when another server was quicker.
+NO_STREAM = """
+import socket, sys
+from penstock.server import listen
+listen.bind = lambda host, port: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+from penstock.cli import main
+sys.argv = ["penstock", "route", "--port", "4321", "--api-key", "key", "--backend", sys.argv[1]]
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +62,20 @@ def test_keys_drain_and_second_signal(server: Server) -> None:
             list(cut)
         assert router.stop() == 0
     wait_until(lambda: server.stats()["open"] == 0, 3)
+
+
+def test_http_that_cannot_start_is_told(server: Server) -> None:
+    words = [sys.executable, "-c", NO_STREAM, server.url]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stdout == ""
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("penstock: --host 127.0.0.1 --port 4321: HTTP cannot be served there: ")
+    assert "tream" in last, "the reason"
+
+
+def test_a_port_in_use_is_told(server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    ended = penstock("route", "--backend", server.url, "--api-key", "key", "--port", port)
+    assert ended.returncode == 2
+    assert f"--port {port} is in use on 127.0.0.1" in ended.stderr

@@ -30,6 +30,22 @@ sys.argv = ["penstock", "serve", "demo", "--engine", "scripted"]
 main()
 """
 
+# SIGTERM while the instances are made ready, with nobody's handler yet or with Ray's.
+SIGNALLED = """
+import os, signal, sys, time
+from penstock.server import serve
+
+def build_backend(*_):
+    if sys.argv[-1] == "ray":
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+
+serve.build_backend = build_backend
+from penstock.server.command import serve
+sys.exit(serve("demo", engine="scripted", port=0))
+"""
+
 
 def test_a_port_is_taken_before_it_is_served() -> None:
     with bind("127.0.0.1", 0) as first:
@@ -44,6 +60,14 @@ def test_http_that_cannot_start_is_told() -> None:
     assert ended.returncode == 1, ended.stderr
     assert '"http_failed"' in ended.stderr
     assert "tream" in ended.stderr, "the reason"
+
+
+@pytest.mark.parametrize("handler", ["none", "ray"])
+def test_sigterm_before_the_engine_is_a_clean_end(handler: str) -> None:
+    words = [sys.executable, "-c", SIGNALLED, handler]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (ended.stdout, ended.stderr) == ("", "")
 
 
 @contextlib.contextmanager

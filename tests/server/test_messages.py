@@ -11,7 +11,7 @@ from penstock.core.engine import Work
 from penstock.core.memory import prefix_keys
 from penstock.core.sampling import SamplingParams
 from penstock.core.types import SLO, Capabilities, FinishReason, OnMiss, Request
-from penstock.server.messages import Add, Command, End, Event, Gauges
+from penstock.server.messages import Add, Command, End, Event, Gauges, Swapped
 
 SECONDS = st.none() | st.floats(min_value=1e-6, max_value=1e6)
 SAMPLING = st.builds(
@@ -99,6 +99,7 @@ FIELDS: dict[str, st.SearchStrategy[object]] = {
     ),
     "reason": st.sampled_from(FinishReason),
     "rate": st.none() | NUMBERS,
+    "swapped": st.builds(Swapped, COUNTS, COUNTS),
     "prices": st.none() | st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS),
     **dict.fromkeys(("seconds", "planning", "kv_usage"), NUMBERS),
     **dict.fromkeys(("id", "text", "detail", "field", "message"), st.text(max_size=8)),

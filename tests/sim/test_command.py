@@ -8,7 +8,12 @@ from pathlib import Path
 import cyclopts
 import pytest
 
+from penstock.core.policies.fleets import FLEETS
+from penstock.core.policies.presets import PRESETS
 from penstock.sim.command import simulate
+from penstock.sim.execute import check_spec
+from penstock.sim.simulation import simulation_of
+from penstock.sim.spec import RunSpec, workload_of
 
 app = cyclopts.App(name="penstock", result_action="return_value")
 app.command(simulate)
@@ -120,6 +125,56 @@ def test_what_is_wrong_is_named(
 ) -> None:
     assert penstock(words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--preset vllm,scls --html {page}", "preset scls with place None cannot be watched"),
+        ("--preset vllm,scls --chrome-trace {page}", "cannot be watched step by step"),
+        (
+            "--cap 300 --preset vllm,scls --parameters.slice_tokens 301",
+            "slice_tokens is 301; it must be at most the cap of 300",
+        ),
+        ("--preset vllm,past-future --parameters.reserve 2", "reserve is 2"),
+        ("--preset vllm,best", "preset 'best' is unknown"),
+    ],
+)
+def test_what_one_preset_refuses_is_said_before_any_runs(
+    words: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran: list[str] = []
+
+    def simulation_of(spec: RunSpec, *_: object, **__: object) -> None:
+        ran.append(spec.preset)
+
+    monkeypatch.setattr("penstock.sim.command.simulation_of", simulation_of)
+    assert penstock(f"{TIMED} {words.format(page=tmp_path / 'page')}") == 2
+    assert message in capsys.readouterr().err
+    assert ran == []
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, *FLEETS])
+@pytest.mark.parametrize("place", [None, "round-robin"])
+def test_what_is_checked_runs_too(preset: str, place: str | None) -> None:
+    """Checking builds everything, and nothing in it waits for a request that does not come."""
+    spec = RunSpec(
+        preset=preset,
+        place=place,
+        kv_tokens=9000,
+        profile="llama-2-7b/a100-80g",
+        input="uniform:32-409",
+        output="uniform:100-200",
+        requests=5,
+        rate=20,
+    )
+    workload = workload_of(spec)
+    check_spec(spec, workload)
+    assert simulation_of(spec, workload).summary.finished == 5
 
 
 def test_instances_behind_a_dispatcher(capsys: pytest.CaptureFixture[str]) -> None:

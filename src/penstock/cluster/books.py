@@ -91,4 +91,5 @@ def joint_gauges(
         kv_usage=used / capacity if capacity else 0.0,
         evictions=evictions,
         rate=sum(rates) if rates else None,
+        host_tokens=sum(gauge.host_tokens for gauge in gauges),
     )

@@ -256,7 +256,7 @@ class Front:
         ended = [end for end in ends if end is not None]
         self._observer.on_instance(number, step.gauges, self._load_of(number))
         joint = self._gauges()
-        told = Step(tokens, details, ended, step.seconds, step.planning, joint)
+        told = Step(tokens, details, ended, step.seconds, step.planning, joint, step.swapped)
         self._listener.on_event(told)
 
     def _slice_ended(self, books: Books, end: End) -> End | None:

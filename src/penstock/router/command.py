@@ -11,7 +11,8 @@ from penstock.router.settings import Settings
 def route(*, settings: Settings | None = None) -> int:
     """Route completions to several OpenAI-compatible servers, a slice of their output at a time.
 
-    The exit code is 0 after SIGTERM or SIGINT, 2 if options are wrong or a backend cannot be used.
+    The exit code is 0 after SIGTERM or SIGINT, 1 if HTTP cannot be served, 2 if options are wrong
+    or a backend cannot be used.
 
     Args:
         settings: What to do.

@@ -125,17 +125,30 @@ class _Router:
             loop.add_signal_handler(number, self._on_signal)
         self._sock.setblocking(False)
         http = asyncio.create_task(self._http.serve(sockets=[self._sock]))
+        listening = asyncio.create_task(self._http.listening.wait())
         asked = asyncio.create_task(self._asked_to_stop.wait())
         try:
-            await self._http.listening.wait()
-            self._announce()
-            await asyncio.wait({http, asked}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({http, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if not http.done():
+                self._announce()
+                await asyncio.wait({http, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if http.done():
+                return self._report_http_failure(http)
             await self._drain()
         finally:
             self._http.should_exit = True
             await asyncio.gather(http, return_exceptions=True)
+            listening.cancel()
             asked.cancel()
         return 0
+
+    def _report_http_failure(self, http: asyncio.Task[None]) -> int:
+        error, settings = http.exception(), self._service.settings
+        self._log.error("http_failed", exc_info=error)
+        where = f"--host {settings.host} --port {settings.port}"
+        why = error or "its server ended by itself"
+        sys.stderr.write(f"penstock: {where}: HTTP cannot be served there: {why}\n")
+        return 1
 
     def _announce(self) -> None:
         host, port = self._sock.getsockname()[:2]

@@ -69,7 +69,7 @@ class Settings:
         Raises:
             ConfigError: a value is out of range; it names the flag.
         """
-        urls = tuple(map(_root, self.backend))
+        urls = tuple(_root(url, number) for number, url in enumerate(self.backend, 1))
         if not urls:
             msg = "--backend is missing; give the address of each server, such as http://gpu1:8000"
             raise ConfigError(msg)
@@ -129,18 +129,19 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _root(url: str) -> str:
-    _, at, after = url.rpartition("@")
-    if at:
-        msg = f"--backend ...@{after} holds credentials, which logs and metrics would show;"
+def _root(url: str, number: int) -> str:
+    """The base address of what was given as the backend of that number."""
+    if any(mark in url for mark in "@?#"):
+        # Where a secret ends is a guess in an address that is wrong, so that none of it is shown.
+        msg = f"--backend number {number} has a user name, a password, a query or a fragment, which"
         hint = "it must be an address such as http://gpu1:8000; a key is given by --api-key"
-        raise ConfigError(f"{msg} {hint}")
+        raise ConfigError(f"{msg} errors, logs and metrics would show; {hint}")
     try:
         parts = urlsplit(url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
-    if not usable or parts.query or parts.fragment:
+    if not usable:
         msg = f"--backend {url}; it must be an address such as http://gpu1:8000"
         raise ConfigError(msg)
     return url.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -13,6 +13,7 @@ from penstock.core.runtime import Runtime, StepOutput
 from penstock.core.types import RequestError
 from penstock.server.factories import EngineSpec, build_engine, build_scheduler
 from penstock.server.messages import (
+    NOTHING_SWAPPED,
     Add,
     Cancel,
     Command,
@@ -28,6 +29,7 @@ from penstock.server.messages import (
     Step,
     Stop,
 )
+from penstock.server.swaps import SwapCounter
 from penstock.sim.recording import StepRecord
 
 # With requests waiting, time alone may change a decision (a deadline passes, a forecast ages).
@@ -93,8 +95,9 @@ def build_loop(spec: EngineSpec, pipe: Pipe, desk: KVDesk | None = None) -> Engi
     """
     prices = StepPrices() if spec.prices else None
     engine = build_engine(spec, prices.observe if prices else None)
-    runtime = Runtime(build_scheduler(spec, engine), engine, time.monotonic)
-    return EngineLoop(runtime, pipe, prices, desk)
+    swaps = SwapCounter(engine) if engine.capabilities.swap_tokens else None
+    runtime = Runtime(build_scheduler(spec, engine), swaps or engine, time.monotonic)
+    return EngineLoop(runtime, pipe, prices, desk, swaps)
 
 
 def spin_briefly() -> None:
@@ -116,11 +119,13 @@ class EngineLoop:
         pipe: Pipe,
         prices: StepPrices | None = None,
         desk: KVDesk | None = None,
+        swaps: SwapCounter | None = None,
     ) -> None:
         self._runtime = runtime
         self._pipe = pipe
         self._prices = prices
         self._desk = desk
+        self._swaps = swaps
         self._received = 0
         self._stopping = False
         self._reported = True
@@ -225,5 +230,7 @@ class EngineLoop:
                 evictions=stats.evictions,
                 rate=stats.admission_rate,
                 prices=self._prices.now if self._prices else None,
+                host_tokens=self._swaps.held if self._swaps else 0,
             ),
+            swapped=self._swaps.take() if self._swaps else NOTHING_SWAPPED,
         )

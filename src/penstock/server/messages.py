@@ -8,7 +8,7 @@ cost of the process boundary does not grow with the batch.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -189,6 +189,7 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True, gc=False):
         kv_usage: share of the KV memory that requests hold, 0 to 1.
         rate: admissions per second out of the queue; None while unknown.
         prices: what steps cost here, for a front that plans slices; None if nobody asked.
+        host_tokens: tokens of evicted requests whose KV is in host memory.
     """
 
     received: int
@@ -199,6 +200,17 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True, gc=False):
     evictions: int
     rate: float | None
     prices: Prices | None = None
+    host_tokens: int = 0
+
+
+class Swapped(NamedTuple):
+    """Tokens whose KV went to host memory, and came back from there."""
+
+    out: int
+    back: int
+
+
+NOTHING_SWAPPED = Swapped(0, 0)
 
 
 class Step(msgspec.Struct, tag="step", array_like=True, frozen=True, gc=False):
@@ -209,6 +221,7 @@ class Step(msgspec.Struct, tag="step", array_like=True, frozen=True, gc=False):
         details: log probability and top alternatives, only for who asked.
         seconds: duration of the step in the engine.
         planning: what the scheduler took to plan meanwhile, in seconds.
+        swapped: since the last of these messages.
     """
 
     tokens: dict[str, int]
@@ -217,6 +230,7 @@ class Step(msgspec.Struct, tag="step", array_like=True, frozen=True, gc=False):
     seconds: float
     planning: float
     gauges: Gauges
+    swapped: Swapped = NOTHING_SWAPPED
 
 
 class Refused(msgspec.Struct, tag="refused", array_like=True, frozen=True, gc=False):

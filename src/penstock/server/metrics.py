@@ -68,6 +68,9 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Requests that hold KV memory.")
         self.waiting = self._gauge("num_requests_waiting", "Requests that wait for admission.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "KV memory in use; 1 is all of it.")
+        self.host_tokens = self._gauge(
+            "kv_host_tokens", "Tokens of evicted requests whose KV is in host memory."
+        )
         self.engine_up = self._gauge("engine_up", "1 while an engine is loaded.")
         of = self._of_instances
         self.instance_running = of("instance_requests_running", "Requests that hold KV memory.")
@@ -80,6 +83,12 @@ class Metrics:
     def _declare_counters(self) -> None:
         self.preemptions = self._counter(
             "num_preemptions", "Evictions: requests that lost their KV memory."
+        )
+        self.swapped_out = self._counter(
+            "kv_swapped_out_tokens", "Tokens whose KV went to host memory on an eviction."
+        )
+        self.swapped_in = self._counter(
+            "kv_swapped_in_tokens", "Tokens whose KV came back, instead of being computed again."
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of served requests.")
         self.generation_tokens = self._counter("generation_tokens", "Output tokens.")
@@ -137,7 +146,7 @@ class Metrics:
         """The engine process is gone, and all it held."""
         self.engine_up.set(0)
         self.restarts.inc()
-        for gauge in (self.running, self.waiting, self.kv_usage):
+        for gauge in (self.running, self.waiting, self.kv_usage, self.host_tokens):
             gauge.set(0)
 
     def on_instance(self, number: int, gauges: Gauges, load: float) -> None:
@@ -171,6 +180,9 @@ class Metrics:
         if gauges.evictions > self._evictions:
             self.preemptions.inc(gauges.evictions - self._evictions)
             self._evictions = gauges.evictions
+        self.host_tokens.set(gauges.host_tokens)
+        self.swapped_out.inc(step.swapped.out)
+        self.swapped_in.inc(step.swapped.back)
         if step.tokens:
             self.generation_tokens.inc(len(step.tokens))
         if step.seconds:

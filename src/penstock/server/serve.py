@@ -9,6 +9,8 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import structlog
 import uvloop
@@ -40,8 +42,20 @@ def serve_until_stopped(
         sock: a bound socket, see :func:`penstock.server.listen.bind`.
     """
     configure_logs()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Server(config, path, text, sock).run())
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_Server(config, path, text, sock).run())
+    except SystemExit as left:
+        if left.code != signal.SIGTERM:
+            raise
+        return 0
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Before the event loop takes signals; Ray does the same while it starts."""
+    del frame
+    sys.exit(number)
 
 
 class _Server:
@@ -57,6 +71,7 @@ class _Server:
         limits = Limits(config.admission.max_waiting, config.admission.max_waiting_tokens)
         self._client = EngineClient(limits, self._metrics, paced=config.http.pace_delivery)
         self._backend = build_backend(config, path, text, self, self._metrics)
+        signal.signal(signal.SIGTERM, _leave)  # Ray, once it runs, would abort the process
         self._client.attach(self._backend)
         preset = presets.PRESETS[instance_preset(config)]
         self._service = Service(

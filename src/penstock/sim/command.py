@@ -18,6 +18,7 @@ from penstock.bench.workload import Workload
 from penstock.core.policies.fleets import FLEETS
 from penstock.core.policies.presets import PRESETS
 from penstock.sim import chrome_trace as trace_writer
+from penstock.sim.execute import check_spec
 from penstock.sim.output import STDOUT, check_targets, write_json
 from penstock.sim.simulation import Simulation, simulation_of
 from penstock.sim.spec import RunSpec, SpecError, workload_of
@@ -163,6 +164,8 @@ def simulate(
         specs = specs_of(requests or RequestOptions(), machine_options or MachineOptions())
         workload = workload_of(specs[0])
         observe = html is not None or chrome_trace is not None
+        for spec in specs:
+            check_spec(spec, workload, watched=observe)
         done = [simulation_of(spec, workload, observe=observe) for spec in specs]
         if html is not None:
             from penstock.sim import report

@@ -298,10 +298,16 @@ def _check_workload(spec: RunSpec, made: Workload) -> None:
         raise SpecError(large)
 
 
+def cap_of(spec: RunSpec, workload: Workload) -> int:
+    """What policies are told of output lengths."""
+    assert workload.output is not None
+    return spec.cap or int(workload.output.max())
+
+
 def jobs_of(spec: RunSpec, workload: Workload) -> list[Job]:
     """The requests as the simulator takes them."""
     assert workload.output is not None
-    cap = spec.cap or int(workload.output.max())
+    cap = cap_of(spec, workload)
     count = len(workload)
     times = [0.0] * count if workload.arrival is None else (workload.arrival / spec.speed).tolist()
     rows = zip(times, workload.prompt.tolist(), workload.output.tolist(), strict=True)
