@@ -100,14 +100,32 @@ def scenarios(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[tuple[i
     return tokens, steps, joining
 
 
-@given(scenarios(), st.sampled_from(BLOCK_SIZES), st.integers(0, 2), st.integers(-3, 3))
+@given(
+    scenarios(),
+    st.sampled_from(BLOCK_SIZES),
+    st.integers(0, 2),
+    st.integers(-3, 3),
+    st.sampled_from([0, 1, 32]),
+)
 def test_who_joins_is_who_stays_below(
     load: tuple[list[int], list[list[int]], list[tuple[int, list[int]]]],
     block_size: int,
     free: int,
     slack: int,
+    many: int,
 ) -> None:
     """By bounds or exactly: the answer is the walk's; some join whatever comes of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(occupancy, "_MANY", many)
+        _check_joining(load, block_size, free, slack)
+
+
+def _check_joining(
+    load: tuple[list[int], list[list[int]], list[tuple[int, list[int]]]],
+    block_size: int,
+    free: int,
+    slack: int,
+) -> None:
     tokens, steps, joining = load
     matrix = np.array(steps, dtype=np.int64).reshape(len(steps), len(tokens))
     matrix.flags.writeable = False

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from penstock.core.engine import Work
+from penstock.core.engine import Ticket, Work
 from penstock.core.policies import presets
 from penstock.core.runtime import Runtime
 from penstock.core.scheduler import Scheduler
-from penstock.core.types import Capabilities, FinishReason, Request
+from penstock.core.types import Capabilities, Drop, FinishReason, Request, Start, StepPlan
 from penstock.server.engine_loop import EngineLoop
 from penstock.server.messages import Add, Cancel, Event, Step
 from penstock.server.metrics import Metrics
@@ -64,6 +64,23 @@ def test_all_that_goes_out_comes_back() -> None:
     assert one.metric("kv_swapped_out_tokens_total") == one.engine.swapped > 0
     assert one.metric("kv_swapped_in_tokens_total") == one.engine.swapped
     assert one.metric("kv_host_tokens") == 0
+
+
+class Taker:
+    """Takes plans and does nothing."""
+
+    capabilities = TIGHT
+
+    def submit(self, plan: StepPlan) -> Ticket:
+        return Ticket(plan.number)
+
+
+def test_what_cached_blocks_hold_is_not_copied_back() -> None:
+    counter = SwapCounter(Taker())
+    counter.submit(StepPlan(1, (Drop("a", final=False, swapped=12),), (), (), (), ()))
+    assert (counter.take(), counter.held) == ((12, 0), 12)
+    counter.submit(StepPlan(2, (), (), (Start("a", 13, (b"x", b"y"), 12),), (), ()))
+    assert (counter.take(), counter.held) == ((0, 4), 0)
 
 
 def test_what_ends_in_host_memory_does_not_come_back() -> None:

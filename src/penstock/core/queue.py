@@ -40,10 +40,13 @@ class WaitingQueue:
         self._pushes += 1
         self._live[entry.seq] = (entry, self._pushes)
         place = (entry.demoted, entry.key, entry.seq, self._pushes)
-        if self._line and place < self._line[-1]:
+        line = self._line
+        while line and self._at(line[-1]) is None:
+            line.pop()
+        if line and place < line[-1]:
             heapq.heappush(self._heap, place)
         else:
-            self._line.append(place)
+            line.append(place)
         self.tokens += entry.total
 
     def peek(self) -> Entry | None:

@@ -49,6 +49,7 @@ class SwapCounter:
     def submit(self, plan: StepPlan) -> Ticket:
         """Hand it on, and count what it swaps."""
         out, back = self._new
+        size = self.capabilities.block_size
         for drop in plan.drops:
             self._let_go(drop.id)
             if drop.swapped:
@@ -56,8 +57,9 @@ class SwapCounter:
                 self.held += drop.swapped
                 out += drop.swapped
         for start in plan.starts:
-            # What another instance computed comes in the same way.
-            back += self._let_go(start.id)
+            # What another instance computed comes in the same way, and is not counted; what is
+            # in cached blocks is not copied.
+            back += max(0, self._let_go(start.id) - len(start.cached) * size)
         self._new = Swapped(out, back)
         return self._engine.submit(plan)
 

@@ -38,6 +38,7 @@ import numpy as np
 from penstock.core.snapshot import Ints
 
 _PARTS = (4, 12, 36)  # of the requests, on either side of the peak: where spans begin
+_MANY = 32  # who joined: from here on arrays are quicker
 _NEVER = 1 << 62
 _TOKEN_BITS = 31
 _MOST_TOKENS = (1 << _TOKEN_BITS) - 1
@@ -64,7 +65,7 @@ class Occupancy:
         self._tokens = tokens
         self._steps = steps
         self._size = block_size
-        # Who joined: tokens, and steps per scenario.
+        # Who joined and is not among these: tokens, and steps per scenario.
         self._joined: list[tuple[int, Sequence[int]]] = []
         self._sorted: _Sorted | None = None
         self._outlines: list[_Outline] | None = None
@@ -123,9 +124,19 @@ class Occupancy:
         worst = max(ordered.peaks())
         if worst < limit:
             self._sorted, self._outlines = ordered, None
+            if len(self._joined) > _MANY:
+                self._take_in()
         else:
             self._joined.pop()
         return worst
+
+    def _take_in(self) -> None:
+        """Put those who joined into the arrays, so that they are not gone through each time."""
+        tokens = [held for held, _ in self._joined]
+        steps = np.array([ends for _, ends in self._joined], dtype=np.int64)
+        self._tokens = np.concatenate((self._tokens, np.array(tokens, dtype=np.int64)))
+        self._steps = np.concatenate((self._steps, steps.T), axis=1)
+        self._joined.clear()
 
     def _sort(self) -> _Sorted:
         """Everyone, those who joined among them."""
