@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,3 +125,16 @@ def test_instances_draw_for_themselves() -> None:
     first, second = (policy_of(spec, number).admit.rng.random() for number in (0, 1))
     assert first != second
     assert first == policy_of(spec).admit.rng.random()
+
+
+def test_how_requests_come_is_the_commands_default(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,20,30\n1.5,10,5\n")
+    settings = {"kv_tokens": 200, "trace": str(trace)}
+    done = penstock.simulate("vllm", profile="llama-2-7b/a100-80g", **settings)
+    assert done.spec.arrivals == "trace"
+    assert done.table()["arrival_s"].to_list() == [0.0, 1.5]
+    done = penstock.simulate("vllm", steps_only=True, **settings)
+    assert done.table()["arrival_s"].to_list() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="--clients"):
+        penstock.simulate("vllm", kv_tokens=9000, profile="llama-2-7b/a100-80g", lengths="sharegpt")

@@ -21,13 +21,12 @@ from penstock.sim import chrome_trace as trace_writer
 from penstock.sim.execute import check_spec
 from penstock.sim.output import STDOUT, check_targets, write_json
 from penstock.sim.simulation import Simulation, simulation_of
-from penstock.sim.spec import RunSpec, SpecError, workload_of
+from penstock.sim.spec import RunSpec, SpecError, default_loop, workload_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA = 1
-_ALL = 10**9  # more clients than requests: all of them wait from the start
 
 
 @Parameter(name="*", negative="")
@@ -268,9 +267,8 @@ def _loop(asked: RequestOptions, *, steps_only: bool) -> tuple[int | None, str |
     """Clients and arrivals, with defaults where neither loop was asked for."""
     if asked.clients is not None or asked.rate is not None or asked.arrivals is not None:
         return asked.clients, asked.arrivals
-    if steps_only:
-        return asked.requests or _ALL, None
-    return None, "trace" if asked.trace is not None else None
+    trace = None if asked.trace is None else str(asked.trace)
+    return default_loop(trace, asked.requests, steps_only=steps_only)
 
 
 def _lengths(text: str | None) -> str | None:

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from penstock.bench.goodput import BOUNDS
 from penstock.bench.result import seconds, share
 from penstock.bench.workload import Workload, parse_slo
@@ -16,7 +18,7 @@ from penstock.sim.observe import Observation, observed
 from penstock.sim.outcome import attempt_of
 from penstock.sim.result import RunResult, result_of
 from penstock.sim.run import Run
-from penstock.sim.spec import RunSpec, SpecError, checked_workload, workload_of
+from penstock.sim.spec import RunSpec, SpecError, checked_workload, default_loop, workload_of
 from penstock.sim.study import Behaviour, behaviour_of
 
 if TYPE_CHECKING:
@@ -161,7 +163,8 @@ def simulate(
         workload: the requests, as :mod:`penstock.bench.workload` makes them; by default what
             the settings say.  With ``slo`` among those it gets these classes.
         settings: further fields of :class:`penstock.sim.spec.RunSpec`, such as ``profile``,
-            ``clients``, ``rate``, ``trace``, ``slo``, ``parameters`` or ``seed``.
+            ``clients``, ``rate``, ``trace``, ``slo``, ``parameters`` or ``seed``.  Where none says
+            how requests come, a trace's own times count, and in steps only all wait at the start.
 
     Raises:
         ValueError: what cannot be simulated, and why.
@@ -172,6 +175,9 @@ def simulate(
         settings["slo"] = (settings["slo"],)
     spec = RunSpec(preset=preset, kv_tokens=kv_tokens, **settings)
     if workload is None:
+        if spec.clients is None and spec.rate is None and spec.arrivals is None:
+            clients, arrivals = default_loop(spec.trace, spec.requests, steps_only=spec.steps_only)
+            spec = msgspec.structs.replace(spec, clients=clients, arrivals=arrivals)
         return simulation_of(spec, workload_of(spec))
     for name in _OF_THE_WORKLOAD & settings.keys():
         msg = f"{name} is {settings[name]!r}; a workload that is given has its own"

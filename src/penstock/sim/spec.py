@@ -34,6 +34,9 @@ from penstock.sim.study import study_policy
 _MOST_BATCH = 1024
 
 
+_ALL = 10**9  # more clients than requests: all of them wait from the start
+
+
 class SpecError(ValueError):
     """A specification that cannot be simulated; names the field."""
 
@@ -296,6 +299,18 @@ def _check_workload(spec: RunSpec, made: Workload) -> None:
     large = misfit(made, room, spec.cap, enforce_cap=not spec.steps_only)
     if large is not None:
         raise SpecError(large)
+
+
+def default_loop(
+    trace: str | None, requests: int | None, *, steps_only: bool
+) -> tuple[int | None, str | None]:
+    """(clients, arrivals) where nobody said how requests come.
+
+    In steps all wait from the start; a trace has its own times.
+    """
+    if steps_only:
+        return requests or _ALL, None
+    return None, None if trace is None else "trace"
 
 
 def cap_of(spec: RunSpec, workload: Workload) -> int:
