@@ -52,6 +52,16 @@ class Instance:
         return value
 
 
+def swapping() -> Instance:
+    """An instance that has just taken KV to host memory."""
+    one = Instance()
+    for name in "abcd":
+        one.ask(name)
+    while not one.metric("kv_host_tokens"):
+        assert one.turn()
+    return one
+
+
 def test_all_that_goes_out_comes_back() -> None:
     one = Instance()
     for name in "abcd":
@@ -84,11 +94,7 @@ def test_what_cached_blocks_hold_is_not_copied_back() -> None:
 
 
 def test_what_ends_in_host_memory_does_not_come_back() -> None:
-    one = Instance()
-    for name in "abcd":
-        one.ask(name)
-    while not one.metric("kv_host_tokens"):
-        assert one.turn()
+    one = swapping()
     held = one.metric("kv_host_tokens")
     for name, entry in list(one.books.entries.items()):
         if entry.swapped:
@@ -100,11 +106,7 @@ def test_what_ends_in_host_memory_does_not_come_back() -> None:
 
 
 def test_a_lost_engine_holds_nothing() -> None:
-    one = Instance()
-    for name in "abcd":
-        one.ask(name)
-    while not one.metric("kv_host_tokens"):
-        assert one.turn()
+    one = swapping()
     one.metrics.on_death()
     assert one.metric("kv_host_tokens") == 0
 

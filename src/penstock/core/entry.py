@@ -240,7 +240,7 @@ class _Rows:
     def columns(self, ticks: int) -> Sequence[Ints]:
         """The four, as arrays that cannot be written to; the third with so many added."""
         # A copy: while an array shares its memory it could not grow.
-        columns = np.frombuffer(self._flat, dtype=np.int64).reshape(-1, 4).transpose().copy()
+        columns = np.frombuffer(self._flat, dtype=np.int64).reshape(-1, 4).T.copy()
         generated = columns[2]
         generated += ticks
         columns.flags.writeable = generated.flags.writeable = False

@@ -163,7 +163,7 @@ def simulate(
         specs = specs_of(requests or RequestOptions(), machine_options or MachineOptions())
         workload = workload_of(specs[0])
         observe = html is not None or chrome_trace is not None
-        for spec in specs:
+        for spec in specs[1:]:  # what the first cannot do its own run refuses at once
             check_spec(spec, workload, watched=observe)
         done = [simulation_of(spec, workload, observe=observe) for spec in specs]
         if html is not None:
@@ -267,8 +267,7 @@ def _loop(asked: RequestOptions, *, steps_only: bool) -> tuple[int | None, str |
     """Clients and arrivals, with defaults where neither loop was asked for."""
     if asked.clients is not None or asked.rate is not None or asked.arrivals is not None:
         return asked.clients, asked.arrivals
-    trace = None if asked.trace is None else str(asked.trace)
-    return default_loop(trace, asked.requests, steps_only=steps_only)
+    return default_loop(asked.requests, traced=asked.trace is not None, steps_only=steps_only)
 
 
 def _lengths(text: str | None) -> str | None:

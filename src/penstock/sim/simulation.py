@@ -176,7 +176,9 @@ def simulate(
     spec = RunSpec(preset=preset, kv_tokens=kv_tokens, **settings)
     if workload is None:
         if spec.clients is None and spec.rate is None and spec.arrivals is None:
-            clients, arrivals = default_loop(spec.trace, spec.requests, steps_only=spec.steps_only)
+            clients, arrivals = default_loop(
+                spec.requests, traced=spec.trace is not None, steps_only=spec.steps_only
+            )
             spec = msgspec.structs.replace(spec, clients=clients, arrivals=arrivals)
         return simulation_of(spec, workload_of(spec))
     for name in _OF_THE_WORKLOAD & settings.keys():

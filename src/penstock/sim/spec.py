@@ -32,8 +32,6 @@ from penstock.sim.run import Job
 from penstock.sim.study import study_policy
 
 _MOST_BATCH = 1024
-
-
 _ALL = 10**9  # more clients than requests: all of them wait from the start
 
 
@@ -302,7 +300,7 @@ def _check_workload(spec: RunSpec, made: Workload) -> None:
 
 
 def default_loop(
-    trace: str | None, requests: int | None, *, steps_only: bool
+    requests: int | None, *, traced: bool, steps_only: bool
 ) -> tuple[int | None, str | None]:
     """(clients, arrivals) where nobody said how requests come.
 
@@ -310,7 +308,7 @@ def default_loop(
     """
     if steps_only:
         return requests or _ALL, None
-    return None, None if trace is None else "trace"
+    return None, "trace" if traced else None
 
 
 def cap_of(spec: RunSpec, workload: Workload) -> int:

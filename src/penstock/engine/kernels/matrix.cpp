@@ -148,7 +148,7 @@ struct Ahead {
 template <bool kTwo>
 void multiply_stretch(const uint16_t* x, const uint16_t* second, const uint16_t* weights,
                       int64_t inputs, bool first, Ahead& ahead, Sums& sums) {
-  before_tiles_load();
+  tiles_see_memory();
   if (first) {
     _tile_zero(0);
     _tile_zero(1);

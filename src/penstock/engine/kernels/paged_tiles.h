@@ -54,7 +54,7 @@ void score_tile(const uint16_t* queries, const uint16_t* keys, int64_t dim, int6
                 float scale, float* scores) {
   alignas(64) float results[kGroups][kTileRows][kLanes];
   const int64_t group = kTileRows * dim;
-  before_tiles_load();
+  tiles_see_memory();
   _tile_zero(0);
   if constexpr (kGroups > 1) _tile_zero(1);
   if constexpr (kGroups > 2) _tile_zero(2);
@@ -147,7 +147,7 @@ template <int kWide>
 void value_tile(const uint16_t* weights, const uint16_t* values, int64_t tokens, int64_t dim,
                 float* sums) {
   const int64_t stride = dim * sizeof *sums;
-  before_tiles_load();
+  tiles_see_memory();
   _tile_loadd(0, sums, stride);
   _tile_loadd(1, sums + 16, stride);
   if constexpr (kWide > 2) {

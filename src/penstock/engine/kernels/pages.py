@@ -40,6 +40,7 @@ class Piece:
 
     Attributes:
         tensor: the memory.
+        rest: what lies behind it in the chunk.
     """
 
     __slots__ = ("__weakref__", "rest", "tensor")

@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileInputs = 32;                       // numbers of a row of the left operand
+constexpr int64_t kTileInputs = 32;  // numbers of a row of the left operand
 constexpr int64_t kTileSize = kTileRows * kTileInputs;
 
 #ifdef PENSTOCK_TILES
@@ -25,9 +25,9 @@ inline bool tiles_allowed() {
   return allowed;
 }
 
-// The compiler does not know all that the instructions read from memory; what was written before
-// this is there after it.
-inline void before_tiles_load() { asm volatile("" ::: "memory"); }
+// The compiler does not know all that the instructions read from memory: what was written before
+// this is there after it, and nothing that comes after is written before.
+inline void tiles_see_memory() { asm volatile("" ::: "memory"); }
 
 // Eight tiles of 16 rows of 64 bytes, for the calling thread, until they are released.
 inline void configure_tiles() {
@@ -40,9 +40,9 @@ inline void configure_tiles() {
     config.bytes[i] = 64;
     config.rows[i] = kTileRows;
   }
-  before_tiles_load();
+  tiles_see_memory();
   _tile_loadconfig(&config);
-  before_tiles_load();
+  tiles_see_memory();
 }
 
 inline void release_tiles() { _tile_release(); }
