@@ -191,6 +191,7 @@ def test_the_gap_counts_from_the_last_token_over_several_evictions() -> None:
     books = hand.scheduler._books
     entry = books.entries["a"]
     books.evict(entry, 20.0)
-    books.start(entry, 6, ())
+    books.queue.remove(entry)
+    books.start([(entry, 6)])
     books.evict(entry, 20.4)
     assert books.deadlines.next == 20.5

@@ -51,7 +51,7 @@ def test_it_counts_as_one_by_one(block_size: int, data: st.DataObject) -> None:
                 generated,
                 generated + data.draw(st.integers(1, 12)),
             )
-            members.join(one.entry)
+            members.join([one.entry])
             naive[str(seq)] = one
         elif move == "leave" and naive:
             one = naive.pop(data.draw(st.sampled_from(sorted(naive))))
@@ -95,7 +95,7 @@ def agree(members: DecodeSet, naive: dict[str, Naive], block_size: int) -> None:
 def test_growth_sums_to_the_blocks_that_are_needed(block_size: int) -> None:
     members = DecodeSet(block_size)
     one = member(members, 0, prompt=7, generated=1, cap=1000)
-    members.join(one.entry)
+    members.join([one.entry])
     blocks = one.entry.holding.private
     for ticks in range(1, 100):
         blocks += members.growth()
@@ -106,13 +106,13 @@ def test_growth_sums_to_the_blocks_that_are_needed(block_size: int) -> None:
 def test_ids_are_the_same_object_until_someone_joins_or_leaves() -> None:
     members = DecodeSet(4)
     first, second = (member(members, seq, 5, 1, 50) for seq in range(2))
-    members.join(first.entry)
+    members.join([first.entry])
     ids = members.ids
     for _ in range(10):
         members.tick()
         assert members.ids is ids
     second.entry.base = 1 - members.ticks
-    members.join(second.entry)
+    members.join([second.entry])
     assert members.ids == ("0", "1")
     members.leave(first.entry)
     assert list(members.ids) == ["1"]
@@ -123,7 +123,7 @@ def test_nothing_is_kept_of_those_who_left() -> None:
     members = DecodeSet(4)
     for seq in range(300):
         one = member(members, seq, 5, 1, cap=1000 if seq % 2 else 4)
-        members.join(one.entry)
+        members.join([one.entry])
         for _ in range(5):
             if one.entry in members.tick():
                 break
@@ -138,13 +138,13 @@ def test_nothing_is_kept_of_those_who_left() -> None:
 def test_more_members_than_the_first_columns_hold() -> None:
     members = DecodeSet(1)
     for seq in range(200):
-        members.join(member(members, seq, seq + 1, 1, 10).entry)
+        members.join([member(members, seq, seq + 1, 1, 10).entry])
     assert members.columns()[1].tolist() == list(range(1, 201))
 
 
 def test_columns_cannot_change_the_members() -> None:
     members = DecodeSet(1)
-    members.join(member(members, 0, 5, 1, 10).entry)
+    members.join([member(members, 0, 5, 1, 10).entry])
     for column in members.columns():
         with pytest.raises(ValueError, match="read-only"):
             column[:] = 99

@@ -12,7 +12,7 @@ from penstock.core.forecast.wait import WaitForecast
 from penstock.core.lifecycle import State
 from penstock.core.policies.base import Admit, Defer, Judge, Policy, Reject
 from penstock.core.snapshot import Candidate
-from penstock.core.types import Drop, Ended, FinishReason, PrefixKey, Start
+from penstock.core.types import Chunk, Drop, Ended, FinishReason, PrefixKey, Start
 
 
 @dataclass(slots=True)
@@ -20,28 +20,38 @@ class Draft:
     """A plan in the making.
 
     Attributes:
-        chunks: (request, first token, tokens).
+        publishing: places among them of those that may fill blocks for others to share, and whose.
         sampling: requests whose last chunk is in this plan.
+        number: of the plan that it becomes.
         prefill_left: tokens that chunks may still take.
     """
 
     now: float
+    number: int
     drops: list[Drop]
     prefill_left: int
     starts: list[Start] = field(default_factory=list)
-    chunks: list[tuple[Entry, int, int]] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    publishing: list[tuple[int, Entry]] = field(default_factory=list)
     sampling: list[Entry] = field(default_factory=list)
 
     def chunk(self, entry: Entry) -> None:
         """Give a request in prefill as much of the step as there is."""
-        left = entry.total - entry.computed
-        tokens = min(left, self.prefill_left)
+        computed, most = entry.computed, self.prefill_left
+        tokens = entry.total - computed
+        last = tokens <= most
+        if not last:
+            tokens = most
         if tokens <= 0:
             return
-        self.chunks.append((entry, entry.computed, tokens))
-        self.prefill_left -= tokens
-        entry.computed += tokens
-        if tokens == left:
+        request = entry.request
+        if request.prefix:
+            self.publishing.append((len(self.chunks), entry))
+        self.chunks.append(Chunk(request.id, computed, tokens, last))
+        self.prefill_left = most - tokens
+        entry.computed = computed + tokens
+        entry.last_plan = self.number
+        if last:
             self.sampling.append(entry)
 
 
@@ -52,12 +62,19 @@ class _Turn:
     Attributes:
         left: how many may still start.
         places: that the engine's batch has left for them.
+        waited: those who started and had been left waiting before.
+        starting: those who start on nothing but blocks of their own, so many each: they take them
+            together.
+        taken: the sum of these blocks.
         judge: once there is one.
         rejected: by it.
     """
 
     left: int
     places: int
+    waited: int = 0
+    starting: list[tuple[Entry, int]] = field(default_factory=list)
+    taken: int = 0
     judge: Judge | None = None
     rejected: list[Ended] = field(default_factory=list)
 
@@ -80,11 +97,14 @@ class Admission:
     def run(self, draft: Draft) -> list[Ended]:
         """One pass; returns those the policy rejected."""
         head = self._books.queue.peek()
-        rejected = self._in_order(draft, head) if self._opens(draft, head) else []
-        self._note_who_waits(draft.now)
-        return rejected
+        if not self._opens(draft, head):
+            self._note_who_waits(draft.now)
+            return []
+        turn = self._in_order(draft, head)
+        self._note_who_waits(draft.now, turn.waited)
+        return turn.rejected
 
-    def _in_order(self, draft: Draft, head: Entry | None) -> list[Ended]:
+    def _in_order(self, draft: Draft, head: Entry | None) -> _Turn:
         books = self._books
         turn = self._turn(len(books.queue))
         at_once = self._policy.at_once
@@ -92,7 +112,8 @@ class Admission:
             if not self._ask(draft, turn, head):
                 break
             head = books.queue.peek()
-        return turn.rejected
+        self._settle(turn)
+        return turn
 
     def run_ranked(self, draft: Draft, order: Sequence[Entry]) -> list[Ended]:
         """One pass over those in prefill and those that wait, in this order."""
@@ -107,7 +128,8 @@ class Admission:
                 draft.chunk(entry)
             elif asking:
                 asking = self._ask(draft, turn, entry)
-        self._note_who_waits(draft.now)
+        self._settle(turn)
+        self._note_who_waits(draft.now, turn.waited)
         return turn.rejected
 
     def _turn(self, waiting: int) -> _Turn:
@@ -121,11 +143,14 @@ class Admission:
         self._next_pass = self._books.number + self._policy.period
         return True
 
-    def _note_who_waits(self, now: float) -> None:
-        """The clock of the forecast runs while this pass has left somebody waiting.
+    def _note_who_waits(self, now: float, waited: int = 0) -> None:
+        """So many were let in who had to wait; somebody may have to now.
 
+        The clock of the forecast runs while this pass has left somebody waiting.
         Everyone waits for the step that runs when they come; that says nothing of a queue.
         """
+        if waited:
+            self.wait.admitted(now, waited)
         if len(self._books.queue):
             self._left_waiting = now
             self.wait.waiting(now)
@@ -137,28 +162,33 @@ class Admission:
         books = self._books
         if turn.places <= 0:
             places = books.capabilities.max_batch
-            head.why = f"the batch is full: {books.slots} of {places} places taken"
+            head.why = f"the batch is full: {places - turn.places} of {places} places taken"
             self._block(head, None)
             return False
         # One evicted from a plan in flight must have that plan's token first.
         if head.last_plan > books.confirmed.number:
             return False
-        cached, held = books.hits(head) if head.request.prefix else (0, 0)
+        cached = held = 0
+        if head.request.prefix:
+            self._settle(turn)
+            cached, held = books.hits(head)
         candidate = self._candidate(draft, head, cached, held)
         judge = turn.judge
         if judge is None:
             judge = turn.judge = self._policy.admit.judge(books.view(draft.now))
         answer = judge(candidate)
+        free = books.ledger.free - turn.taken
         if isinstance(answer, Admit):
-            if candidate.blocks <= books.ledger.free:
+            if candidate.blocks <= free:
                 self._start(draft, turn, head, candidate.blocks + held - cached, cached)
                 return turn.left > 0
-            answer = Defer(f"KV memory: {candidate.blocks} blocks needed, {books.ledger.free} free")
+            answer = Defer(f"KV memory: {candidate.blocks} blocks needed, {free} free")
         if isinstance(answer, Reject):
             tokens = books.output_tokens(head)
             turn.rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
             return True
-        if self._alone(candidate):
+        # Nothing runs, so to defer a request that fits would be to starve it.
+        if not books.running and not turn.starting and candidate.blocks <= free:
             self._start(draft, turn, head, candidate.blocks + held - cached, cached)
         else:
             head.why = answer.reason
@@ -197,31 +227,43 @@ class Admission:
         blocked = self._blocked == (head, self._books.releases)
         return not blocked or self._books.decode.ticks >= self._wake
 
-    def _alone(self, candidate: Candidate) -> bool:
-        """Nothing runs, so to defer a request that fits would be to starve it."""
-        return not self._books.running and candidate.blocks <= self._books.ledger.free
-
     def _candidate(self, draft: Draft, entry: Entry, cached: int, held: int) -> Candidate:
         books = self._books
-        size, total = books.ledger.block_size, entry.total
-        rest = total - max(cached * size, entry.imported) - draft.prefill_left
+        request, generated = entry.request, entry.generated
+        size, total = books.ledger.block_size, request.prompt_tokens + generated
+        lag = 0
+        if total > draft.prefill_left:
+            rest = total - max(cached * size, entry.imported) - draft.prefill_left
+            lag = max(0, -(-rest // books.prefill_per_step))
         # In the order of its fields: by name costs twice as much, for every request.
         return Candidate(
-            entry.request, entry.seq, entry.generated, entry.evictions, held * size,
-            -(-total // size) - held, -(-rest // books.prefill_per_step) if rest > 0 else 0,
-            entry.most_blocks,
+            request, entry.seq, generated, entry.evictions, held * size,
+            -(-total // size) - held, lag, entry.most_blocks,
         )  # fmt: skip
 
     def _start(self, draft: Draft, turn: _Turn, entry: Entry, own: int, cached: int) -> None:
         """Start it on so many blocks of its own, behind the cached ones."""
-        request = entry.request
-        keys = request.prefix[:cached]
+        request, imported = entry.request, entry.imported
         if entry.evictions == 0 and entry.waited_since <= self._left_waiting:
-            self.wait.admitted(draft.now)
-        start = Start(request.id, entry.total, keys, entry.imported)
-        self._books.start(entry, own, keys)
-        self.admissions += 1
-        draft.starts.append(start)
+            turn.waited += 1
+        self._books.queue.remove(entry)
+        if cached or imported:
+            keys = request.prefix[:cached]
+            draft.starts.append(Start(request.id, entry.total, keys, imported))
+            self._settle(turn)
+            self._books.start_behind(entry, own, keys)
+        else:
+            draft.starts.append(Start(request.id, entry.total))
+            turn.starting.append((entry, own))
+            turn.taken += own
         draft.chunk(entry)
+        self.admissions += 1
         turn.left -= 1
         turn.places -= 1
+
+    def _settle(self, turn: _Turn) -> None:
+        """Those who start so far take their memory."""
+        if turn.starting:
+            self._books.start(turn.starting)
+            turn.starting.clear()
+            turn.taken = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from penstock.core.entry import DecodeSet, Entry
 from penstock.core.lifecycle import State
 from penstock.core.memory import Ledger
 from penstock.core.queue import WaitingQueue
-from penstock.core.snapshot import Columns, Snapshot
+from penstock.core.snapshot import Columns, Snapshot, nothing
 from penstock.core.types import (
     Capabilities,
     Drop,
@@ -86,19 +86,29 @@ class Books:
         """Requests that occupy a place in the engine's batch."""
         return self.running + len(self.draining) + len(self.leaving.lingering)
 
-    def start(self, entry: Entry, blocks: int, keys: Sequence[PrefixKey]) -> None:
-        """A waiting request takes its memory: ``blocks`` of its own and cached ones."""
-        self.queue.remove(entry)
-        self.ledger.take(entry.holding, blocks, keys)
-        self.reserved += entry.most_blocks
-        entry.move(State.PREFILL)
+    def start(self, starting: Iterable[tuple[Entry, int]]) -> None:
+        """Requests that have left the queue take their memory: so many blocks of their own each."""
+        prefill, number = self.prefill, self.number + 1
+        blocks = reserved = 0
+        for entry, own in starting:
+            entry.move(State.PREFILL)
+            entry.holding.private += own
+            entry.last_plan = number
+            entry.why = ""
+            prefill[entry.request.id] = entry
+            blocks += own
+            reserved += entry.most_blocks
+        self.ledger.grow(blocks)
+        self.reserved += reserved
+
+    def start_behind(self, entry: Entry, own: int, keys: Sequence[PrefixKey]) -> None:
+        """:meth:`start` one behind cached blocks, or behind KV that comes along."""
+        self.ledger.take(entry.holding, 0, keys)
         entry.published = len(keys)
         entry.computed = max(len(keys) * self.ledger.block_size, entry.imported)
         if entry.swapped:
             self._forget_swapped(entry)
-        entry.last_plan = self.number + 1
-        entry.why = ""
-        self.prefill[entry.request.id] = entry
+        self.start(((entry, own),))
 
     def hits(self, entry: Entry) -> tuple[int, int]:
         """Cached blocks that one that waits can begin with, and how many of them someone holds."""
@@ -156,18 +166,24 @@ class Books:
         self.swapped -= entry.swapped
         entry.swapped = 0
 
-    def sampled(self, entry: Entry) -> bool:
-        """A request's last chunk was planned; True if its token is its last, by the cap."""
-        del self.prefill[entry.request.id]
-        entry.generated += 1
-        entry.base = entry.generated - self.decode.ticks
-        entry.sampled_in = self.number
-        entry.sampled_as = entry.generated
-        if self._enforce_caps and entry.generated >= entry.request.cap:
-            return True
-        entry.move(State.DECODE)
-        self.decode.join(entry)
-        return False
+    def sampled(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Their last chunks were planned; returns those whose token is their last, by the cap."""
+        prefill, number, ticks = self.prefill, self.number, self.decode.ticks
+        capped, decoding = [], []
+        for entry in entries:
+            request = entry.request
+            del prefill[request.id]
+            generated = entry.generated + 1
+            entry.generated = entry.sampled_as = generated
+            entry.base = generated - ticks
+            entry.sampled_in = number
+            if self._enforce_caps and generated >= request.cap:
+                capped.append(entry)
+            else:
+                entry.move(State.DECODE)
+                decoding.append(entry)
+        self.decode.join(decoding)
+        return capped
 
     def pause(self, entry: Entry, latest_at: float) -> None:
         """A decoding request keeps its memory and gets no token for now."""
@@ -186,7 +202,7 @@ class Books:
         # Ticks in which it sat out may be confirmed later.
         entry.floor = entry.generated
         entry.base = entry.generated - self.decode.ticks
-        self.decode.join(entry)
+        self.decode.join((entry,))
 
     def drain(self, entry: Entry) -> None:
         """A request's last token is planned."""
@@ -268,11 +284,12 @@ class Books:
     def view(self, now: float) -> Snapshot:
         """What policies may see."""
         ledger, decoding = self.ledger, len(self.decode)
+        running = decoding + len(self.prefill) + len(self.paused)
         overlap = 2 * (self.capabilities.depth - 1)
         # In the order of its fields: by name costs twice as much, in every step.
         return Snapshot(
             now, self.number + 1, ledger.capacity, ledger.block_size, ledger.used, ledger.common,
-            self._lingering_blocks(), overlap, len(self.queue), self.running, decoding,
+            self._lingering_blocks(), overlap, len(self.queue), running, decoding,
             self.reserved, self._enforce_caps, self.columns,
         )  # fmt: skip
 
@@ -283,8 +300,7 @@ class Books:
         rows = [*self.paused.values(), *self.prefill.values()]
         if count is not None:
             rows = rows[: max(0, count - len(ids))]
-        shared = np.zeros(len(ids) + len(rows), dtype=np.int64)
-        lag = shared
+        shared = lag = nothing(len(ids) + len(rows))
         if rows:
             more = np.array(
                 [(e.seq, e.request.prompt_tokens, e.generated, e.request.cap) for e in rows],
@@ -293,18 +309,19 @@ class Books:
             joined = np.concatenate(((seq, prompt, generated, cap), more.T), axis=1)
             joined.flags.writeable = False
             seq, prompt, generated, cap = joined
-            lag = np.zeros_like(shared)
+            lag = np.zeros(len(shared), dtype=np.int64)
             per_step = self.prefill_per_step
             lag[len(ids) :] = [
                 0 if e.state is State.DECODE else -(-(e.total - e.computed) // per_step)
                 for e in rows
             ]
+            lag.flags.writeable = False
             ids = (*ids, *(e.request.id for e in rows))
         if self.ledger.common:
             holders = [*self.decode.entries, *rows]
             common = [entry.holding.common for entry in holders]
             shared = np.array(common, dtype=np.int64) * self.ledger.block_size
-        shared.flags.writeable = lag.flags.writeable = False
+            shared.flags.writeable = False
         return Columns(ids, seq, prompt, generated, cap, shared, lag)
 
     def check(self) -> None:

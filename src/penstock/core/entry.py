@@ -36,6 +36,7 @@ class Entry:
         first_at: when its first token came, in seconds; None: it has none, or nobody asked.
         latest_at: when its latest token came, while it sits out of decode steps or is evicted;
             about then for one that was evicted before it decoded here.
+        place: number of its place in the waiting queue, from 1; 0: it does not wait.
         why: why it is still waiting, if anyone said so.
     """
 
@@ -56,6 +57,7 @@ class Entry:
     why: str = ""
     most_blocks: int = 0
     swapped: int = 0
+    place: int = 0
     floor: int = 0
     first_at: float | None = None
     latest_at: float = 0.0
@@ -174,21 +176,25 @@ class DecodeSet:
         capped = self._capped.pop(self.ticks, None)
         return list(capped) if capped else []
 
-    def join(self, entry: Entry) -> None:
-        """Let a request in whose chunk has just sampled; ``entry.base`` is set."""
-        request = entry.request
-        self._row[request.id] = len(self._members)
-        self._rows.append(entry.seq, request.prompt_tokens, entry.base, request.cap)
-        self._members.append(entry)
-        self._names.append(request.id)
-        self._crossing[self._residue(entry)] += 1
-        if self._enforce_caps:
-            tick = request.cap - entry.base
-            bucket = self._capped.get(tick)
-            if bucket is None:
-                bucket = self._capped[tick] = {}
-                heappush(self._cap_ticks, tick)
-            bucket[entry] = None
+    def join(self, entries: Sequence[Entry]) -> None:
+        """Let requests in whose chunks have just sampled; their ``base`` is set."""
+        names, crossing, size = self._names, self._crossing, self._block_size
+        rows: list[int] = []
+        for entry in entries:
+            request, base = entry.request, entry.base
+            prompt, cap = request.prompt_tokens, request.cap
+            self._row[request.id] = len(names)
+            names.append(request.id)
+            rows += (entry.seq, prompt, base, cap)
+            crossing[(prompt + base - 1) % size] += 1
+            if self._enforce_caps:
+                bucket = self._capped.get(cap - base)
+                if bucket is None:
+                    bucket = self._capped[cap - base] = {}
+                    heappush(self._cap_ticks, cap - base)
+                bucket[entry] = None
+        self._members.extend(entries)
+        self._rows.extend(rows)
         self._ids = None
 
     def leave(self, entry: Entry) -> None:
@@ -199,7 +205,7 @@ class DecodeSet:
             self._members[row], self._names[row] = last, name
             self._row[name] = row
         self._rows.remove(row)
-        self._crossing[self._residue(entry)] -= 1
+        self._crossing[(entry.request.prompt_tokens + entry.base - 1) % self._block_size] -= 1
         # Those that a tick has just returned have no bucket any more.
         tick = entry.request.cap - entry.base
         bucket = self._capped.get(tick)
@@ -217,9 +223,6 @@ class DecodeSet:
         """(seq, prompt, generated, cap) of the members, in the order of :attr:`ids`."""
         return self._rows.columns(self.ticks)
 
-    def _residue(self, entry: Entry) -> int:
-        return (entry.request.prompt_tokens + entry.base - 1) % self._block_size
-
 
 class _Rows:
     """Rows of four integers: cheap to add and to remove, cheap to copy into arrays."""
@@ -228,8 +231,9 @@ class _Rows:
         # Row by row, so that a row comes and goes in one piece.
         self._flat = array("q")
 
-    def append(self, *row: int) -> None:
-        self._flat.extend(row)
+    def extend(self, rows: Sequence[int]) -> None:
+        """More rows, one after the other."""
+        self._flat.extend(rows)
 
     def remove(self, row: int) -> None:
         """The last row takes the place of this one."""
@@ -240,8 +244,8 @@ class _Rows:
     def columns(self, ticks: int) -> Sequence[Ints]:
         """The four, as arrays that cannot be written to; the third with so many added."""
         # A copy: while an array shares its memory it could not grow.
-        columns = np.frombuffer(self._flat, dtype=np.int64).reshape(-1, 4).T.copy()
-        generated = columns[2]
+        flat = np.array(self._flat)
+        generated = flat[2::4]
         generated += ticks
-        columns.flags.writeable = generated.flags.writeable = False
-        return columns[0], columns[1], generated, columns[3]
+        flat.flags.writeable = generated.flags.writeable = False
+        return flat[0::4], flat[1::4], generated, flat[3::4]

@@ -16,6 +16,9 @@ class State(StrEnum):
     DRAINING = "draining"  # its last token is planned but not confirmed
     ENDED = "ended"
 
+    # Enum's is in Python, and every move asks it twice.
+    __hash__ = str.__hash__
+
 
 MOVES = MappingProxyType(
     {

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from penstock.core.entry import DecodeSet
 from penstock.core.forecast.latency.base import StepLoad
+from penstock.core.types import Chunk
 
 
 def load_of(
@@ -30,8 +31,9 @@ def load_of(
     return StepLoad(decoding, context, prefill, work, count, longest)
 
 
-def load_of_draft(chunks: Iterable[tuple[int, int]], decode: DecodeSet | None) -> StepLoad:
+def load_of_draft(drafted: Iterable[Chunk], decode: DecodeSet | None) -> StepLoad:
     """Of a plan in the making; ``decode``: who gets a token, before they get it."""
+    chunks = ((chunk.start, chunk.tokens) for chunk in drafted)
     if decode is None:
         return load_of(0, 0, 0, chunks)
     _, prompt, generated, _ = decode.columns()

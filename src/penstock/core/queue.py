@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 
 from penstock.core.entry import Entry
 from penstock.core.policies.base import OrderKey
 
 _SPARE = 64
-_Place = tuple[bool, OrderKey, int, int]
+_Place = tuple[bool, OrderKey, int, int, Entry]
 
 
 class WaitingQueue:
@@ -25,23 +26,24 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._line: deque[_Place] = deque()
         self._heap: list[_Place] = []
-        self._live: dict[int, tuple[Entry, int]] = {}
+        self._count = 0
         self._pushes = 0
         self.tokens = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return self._count
 
     def __iter__(self) -> Iterator[Entry]:
-        return (entry for entry, _ in self._live.values())
+        return (place[4] for place in chain(self._line, self._heap) if _taken(place))
 
     def push(self, entry: Entry) -> None:
         """Add an entry that is not in the queue."""
+        self._count += 1
         self._pushes += 1
-        self._live[entry.seq] = (entry, self._pushes)
-        place = (entry.demoted, entry.key, entry.seq, self._pushes)
+        entry.place = self._pushes
+        place = (entry.demoted, entry.key, entry.seq, self._pushes, entry)
         line = self._line
-        while line and self._at(line[-1]) is None:
+        while line and not _taken(line[-1]):
             line.pop()
         if line and place < line[-1]:
             heapq.heappush(self._heap, place)
@@ -52,29 +54,28 @@ class WaitingQueue:
     def peek(self) -> Entry | None:
         """The first entry, or None."""
         line, heap = self._line, self._heap
-        first: Entry | None = None
-        while line and (first := self._at(line[0])) is None:
+        first: _Place | None = None
+        while line and not _taken(first := line[0]):
             line.popleft()
-        if not heap:
-            return first
-        other: Entry | None = None
-        while heap and (other := self._at(heap[0])) is None:
+            first = None
+        while heap and not _taken(heap[0]):
             heapq.heappop(heap)
-        if other is None or (first is not None and line[0] < heap[0]):
-            return first
-        return other
+        if heap and (first is None or heap[0] < first):
+            first = heap[0]
+        return None if first is None else first[4]
 
     def remove(self, entry: Entry) -> None:
         """Take an entry out, wherever it stands."""
-        del self._live[entry.seq]
+        entry.place = 0
+        self._count -= 1
         self.tokens -= entry.total
         # Behind a head that does not move, empty places would pile up for as long as it stands.
-        if len(self._line) + len(self._heap) > 2 * len(self._live) + _SPARE:
-            self._line = deque([place for place in self._line if self._at(place)])
-            self._heap = [place for place in self._heap if self._at(place)]
+        if len(self._line) + len(self._heap) > 2 * self._count + _SPARE:
+            self._line = deque([place for place in self._line if _taken(place)])
+            self._heap = [place for place in self._heap if _taken(place)]
             heapq.heapify(self._heap)
 
-    def _at(self, place: _Place) -> Entry | None:
-        """Who stands at a place; None if it is empty."""
-        live = self._live.get(place[2])
-        return live[0] if live is not None and live[1] == place[3] else None
+
+def _taken(place: _Place) -> bool:
+    """Whether the one who was given this place still stands there."""
+    return place[4].place == place[3]

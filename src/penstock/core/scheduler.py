@@ -169,7 +169,7 @@ class Scheduler:
             pack(books, self.policy.pack, now)
         split = self.policy.share.split(books.view(now), self.capabilities.max_step_tokens)
         books.prefill_per_step = max(1, split.prefill)
-        draft = Draft(now, books.leaving.drops, split.prefill)
+        draft = Draft(now, books.number + 1, books.leaving.drops, split.prefill)
         books.leaving.drops = []
         decodes = split.decode and self._make_room(draft)
         if decodes:  # some more perhaps than the policy saw: an eviction ends a pause
@@ -323,8 +323,7 @@ class Scheduler:
         self._step_blocks = books.ledger.used
         load: StepLoad | None = None
         if self._learns:
-            spans = ((start, tokens) for _, start, tokens in draft.chunks)
-            load = load_of_draft(spans, books.decode if decodes else None)
+            load = load_of_draft(draft.chunks, books.decode if decodes else None)
         decode: tuple[RequestId, ...] = ()
         capped: list[Entry] = []
         if decodes:
@@ -335,8 +334,10 @@ class Scheduler:
                 books.decode.leave(entry)
         chunks: tuple[Chunk, ...] = ()
         if draft.chunks:
-            chunks = tuple([self._finish_chunk(*chunk) for chunk in draft.chunks])
-            capped.extend([entry for entry in draft.sampling if books.sampled(entry)])
+            for place, entry in draft.publishing:
+                draft.chunks[place] = self._publish(entry, draft.chunks[place])
+            chunks = tuple(draft.chunks)
+            capped.extend(books.sampled(draft.sampling))
         for entry in capped:
             books.drain(entry)
         for drop in draft.drops:
@@ -367,13 +368,10 @@ class Scheduler:
             if policy is not None:
                 policy.observe(load, seconds)
 
-    def _finish_chunk(self, entry: Entry, start: int, tokens: int) -> Chunk:
+    def _publish(self, entry: Entry, chunk: Chunk) -> Chunk:
         """Name the blocks that a chunk fills, for others to share from the next plan on."""
         books, request = self._books, entry.request
-        entry.last_plan = books.number
-        end = start + tokens
-        if not request.prefix:
-            return Chunk(request.id, start, tokens, end == entry.total)
+        end = chunk.start + chunk.tokens
         full = min(end // books.ledger.block_size, len(request.prefix))
         publish: list[tuple[int, PrefixKey]] = []
         for index, key in enumerate(request.prefix[entry.published : full], entry.published):
@@ -381,7 +379,7 @@ class Scheduler:
                 publish.append((index, key))
                 self._admission.published(index, key)
         entry.published = max(entry.published, full)
-        return Chunk(request.id, start, tokens, end == entry.total, tuple(publish))
+        return chunk._replace(publish=tuple(publish))
 
     def _end(
         self,

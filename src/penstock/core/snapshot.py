@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,14 @@ from penstock.core.types import Request, RequestId
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+@lru_cache(maxsize=64)
+def nothing(count: int) -> Ints:
+    """So many zeros, not writeable."""
+    zeros = np.zeros(count, dtype=np.int64)
+    zeros.flags.writeable = False
+    return zeros
 
 
 @dataclass(frozen=True, slots=True)

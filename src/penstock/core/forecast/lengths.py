@@ -82,17 +82,25 @@ class LengthHistory:
         """The window in ascending order, as it is until the next end."""
         return self._sorted[1 : len(self._lengths) + 1]
 
-    def draw_new(self, uniform: Sequence[float], cap: int, *, binding: bool = True) -> list[int]:
-        """Lengths for a request that has not run: uniformly chosen past lengths, at most ``cap``.
+    def draw_new(
+        self, uniform: Sequence[float], cap: int, had: int = 0, *, binding: bool = True
+    ) -> list[int]:
+        """What is left of uniformly chosen past lengths, cut at ``cap``, for one about to run.
 
         Args:
             uniform: numbers in [0, 1), one per draw.
+            had: output tokens that do not count.
             binding: whether the cap binds.
         """
         count, item = len(self._lengths), self._sorted.item
-        if binding:
-            return [min(item(int(x * count) + 1), cap) for x in uniform]
-        return [item(int(x * count) + 1) for x in uniform]
+        drawn = []
+        for x in uniform:
+            length = item(int(x * count) + 1)
+            # Calls of min and max would cost as much as all else here.
+            if binding and length > cap:
+                length = cap
+            drawn.append(length - had if length > had else 0)
+        return drawn
 
     def draw_running(
         self, uniform: NDArray[np.float64], generated: Ints, cap: Ints, *, binding: bool = True
@@ -110,10 +118,13 @@ class LengthHistory:
         """
         count, knots = len(self._lengths), self._sorted
         longest = knots.item(count)
+        if not len(generated):
+            return uniform.astype(np.int64)
         first = self._up_to(generated)
         # The cap as one more knot: if larger than all others, or in any case.
-        tail = longest < cap if binding else 1
-        position = uniform * (count - first + tail)
+        always = not binding or longest < np.minimum.reduce(cap)
+        tail = 1 if always else longest < cap
+        position = uniform * ((count + tail) - first)
         place = position.astype(np.int64)
         position -= place
         place += first
@@ -129,7 +140,7 @@ class LengthHistory:
         position += low
         # Rounding cannot leave [low, high].
         drawn: Ints = np.rint(position, out=position).astype(np.int64)
-        if binding:
+        if not always:
             np.minimum(drawn, cap, out=drawn)
         return drawn
 

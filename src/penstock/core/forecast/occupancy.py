@@ -42,7 +42,7 @@ _MANY = 32  # who joined: from here on arrays are quicker
 _NEVER = 1 << 62
 _TOKEN_BITS = 31
 _MOST_TOKENS = (1 << _TOKEN_BITS) - 1
-_FEW = 1 << 15  # requests that can be counted in 16 bits, with a sign
+_LEAST_BITS = 8  # of a count, so that there are few tables
 
 
 def peak(tokens: Ints, steps: Ints, block_size: int = 1) -> int:
@@ -70,8 +70,7 @@ class Occupancy:
         self._sorted: _Sorted | None = None
         self._outlines: list[_Outline] | None = None
         # The reductions of the ufuncs are half as dear as the methods of the same names.
-        last = np.maximum.reduce(np.add.reduce(steps, axis=1))
-        ends = int(np.add.reduce(tokens)) + int(last)
+        ends: int = int(np.add.reduce(tokens)) + max(np.add.reduce(steps, axis=1).tolist())
         # Blocks if each held what it will hold at its end.
         self._ends = (ends + len(tokens) * (block_size - 1)) // block_size
 
@@ -107,8 +106,11 @@ class Occupancy:
             most = least = 0
             for outline, until in zip(outlines, steps, strict=True):
                 held, floor = outline.try_on(more, until, size)
-                most = max(most, held)
-                least = max(least, floor)
+                # Calls of max would cost half as much again.
+                if held > most:  # noqa: PLR1730
+                    most = held
+                if floor > least:  # noqa: PLR1730
+                    least = floor
             if most < limit:
                 for outline in outlines:
                     outline.keep()
@@ -121,7 +123,7 @@ class Occupancy:
     def _join_exactly(self, tokens: int, steps: Sequence[int], limit: float) -> int:
         self._joined.append((tokens, steps))
         ordered = self._sort()
-        worst = max(ordered.peaks())
+        worst = int(np.maximum.reduce(ordered.at_end, axis=None))
         if worst < limit:
             self._sorted, self._outlines = ordered, None
             if len(self._joined) > _MANY:
@@ -146,10 +148,12 @@ class Occupancy:
         rows = np.empty((scenarios, count + len(self._joined)), dtype=np.int64)
         first = rows[:, :count]
         np.left_shift(self._steps, _TOKEN_BITS, out=first)
-        first -= self._tokens
+        np.subtract(self._tokens, first, out=first)
         if self._joined:
-            joined = [[(end << _TOKEN_BITS) - held for end in ends] for held, ends in self._joined]
-            rows[:, count:] = np.array(joined).T
+            rows[:, count:] = [
+                [held - (ends[scenario] << _TOKEN_BITS) for held, ends in self._joined]
+                for scenario in range(scenarios)
+            ]
         return _sort(rows, self._size)
 
 
@@ -166,7 +170,9 @@ class _Sorted(NamedTuple):
 
     def peaks(self) -> list[int]:
         """Per scenario, in blocks."""
-        found: list[int] = np.maximum.reduce(self.at_end, axis=1, initial=0).tolist()
+        if not self.at_end.shape[1]:
+            return [0] * len(self.at_end)
+        found: list[int] = np.maximum.reduce(self.at_end, axis=1).tolist()
         return found
 
 
@@ -221,8 +227,9 @@ class _Outline:
 def _outline(steps: Ints, at_end: Ints) -> _Outline:
     """Of one scenario's rows; the spans are narrow about the peak, and wide elsewhere."""
     count, peak_row = len(steps), int(at_end.argmax())
-    near = (peak_row + sign * count // part for part in _PARTS for sign in (-1, 1))
-    first = sorted({0, peak_row, *[row for row in near if 0 < row < count]})
+    parts = [count // part for part in _PARTS]
+    near = {0, peak_row, *[peak_row - part for part in parts], *[peak_row + part for part in parts]}
+    first = np.array(sorted([row for row in near if 0 <= row < count]))
     most = np.maximum.reduceat(at_end, first).tolist()
     ends = steps.take(first).tolist()
     # After the last end there is nobody; a newcomer may be.
@@ -231,20 +238,24 @@ def _outline(steps: Ints, at_end: Ints) -> _Outline:
 
 
 def _sort(rows: Ints, size: int) -> _Sorted:
-    """Of one number for each request: its steps, times a large number, less its tokens."""
+    """Of one number for each request: its tokens, less its steps times a large number."""
     count = rows.shape[1]
     rows.sort(axis=1)
-    rows = rows[:, ::-1]
-    until = (rows + _MOST_TOKENS) >> _TOKEN_BITS
-    held = (until << _TOKEN_BITS) - rows
-    alive = np.arange(1, count + 1)
+    ago = rows >> _TOKEN_BITS
+    until, held = -ago, rows & _MOST_TOKENS
+    alive = _counting(count + 1)[1:]
     if size == 1:
         at_end = np.add.accumulate(held, axis=1)
         at_end += alive * until
         return _Sorted(until, at_end)
-    up = until + (size - 1)
-    quotient, rounds = held // size, up // size
-    residue, rest = held - quotient * size, up - rounds * size
+    up = (size - 1) - ago
+    if size & (size - 1):
+        quotient, rounds = held // size, up // size
+        residue, rest = held - quotient * size, up - rounds * size
+    else:
+        shift = size.bit_length() - 1
+        quotient, rounds = held >> shift, up >> shift
+        residue, rest = held & (size - 1), up & (size - 1)
     at_end = np.add.accumulate(quotient, axis=1)
     rounds *= alive
     at_end += rounds
@@ -255,27 +266,37 @@ def _sort(rows: Ints, size: int) -> _Sorted:
 def _carries(residue: Ints, rest: Ints, size: int) -> Ints:
     """How many residues up to each place make a block more together with the rest there."""
     scenarios, count = residue.shape
-    bits = 16 if count < _FEW else 32
-    words = np.add.accumulate(_carry_table(size, bits).take(residue, axis=1), axis=2)
-    word, field = rest // (64 // bits), rest % (64 // bits)
-    word *= scenarios * count
-    word += np.arange(scenarios * count).reshape(scenarios, count)
-    counts = words.take(word)
-    field *= bits
-    counts >>= field
+    bits = max(_LEAST_BITS, count.bit_length())
+    table, word_of, shift_of = _carry_tables(size, bits)
+    words = np.add.accumulate(table.take(residue, axis=1), axis=2)
+    place = word_of.take(rest)
+    place *= scenarios * count
+    place += _counting(scenarios * count).reshape(scenarios, count)
+    counts = words.take(place)
+    counts >>= shift_of.take(rest)
     counts &= (1 << bits) - 1
     return counts
 
 
-@lru_cache(maxsize=16)
-def _carry_table(size: int, bits: int) -> Ints:
+@lru_cache(maxsize=64)
+def _carry_tables(size: int, bits: int) -> tuple[Ints, Ints, Ints]:
     """[w, r]: a field of so many bits for each rest: 1 if residue and rest are a block or more.
 
-    A few counts are kept in one number, so that there are fewer numbers to sum up.
+    A few counts are kept in one number, so that there are fewer numbers to sum up.  The other
+    tables say for each rest in which number its field is, and from which bit on.
     """
     per_word = 64 // bits
     table = np.zeros((-(-size // per_word), size), dtype=np.int64)
+    word_of, field_of = np.divmod(np.arange(size), per_word)
+    shift_of = field_of * bits
     for rest in range(size):
-        word, field = divmod(rest, per_word)
-        table[word, size - rest :] += 1 << field * bits
-    return table
+        table[word_of[rest], size - rest :] += 1 << shift_of[rest]
+    return table, word_of, shift_of
+
+
+@lru_cache(maxsize=64)
+def _counting(count: int) -> Ints:
+    """0, 1, and so on; not to be written to."""
+    numbers = np.arange(count)
+    numbers.flags.writeable = False
+    return numbers

@@ -37,3 +37,13 @@ class Uniform:
             begin, end = 0, count
         self._at = end
         return self._numbers[begin:end]
+
+    def few(self, count: int) -> list[float]:
+        """The next ``count``, which are not many."""
+        begin, end = self._at, self._at + count
+        if end > len(self._numbers):
+            few: list[float] = self.take(count).tolist()
+        else:
+            self._at = end
+            few = self._numbers[begin:end].tolist()
+        return few

@@ -13,6 +13,7 @@ have been admitted from a queue.
 from __future__ import annotations
 
 from collections import deque
+from itertools import repeat
 
 _LEAST = 2
 
@@ -40,9 +41,9 @@ class WaitForecast:
             self._stood_still += max(0.0, since - self._empty_since)
             self._empty_since = None
 
-    def admitted(self, now: float) -> None:
-        """A request that had to wait was admitted."""
-        self._admitted.append(now - self._stood_still)
+    def admitted(self, now: float, count: int = 1) -> None:
+        """So many requests that had to wait were admitted."""
+        self._admitted.extend(repeat(now - self._stood_still, count))
 
     def rate(self, now: float) -> float | None:
         """Admissions per second out of the queue, or None while unknown."""

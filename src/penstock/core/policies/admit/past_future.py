@@ -85,11 +85,12 @@ class PastFuture:
 
         def steps_of(candidate: Candidate) -> list[int]:
             """After the current one, per scenario; unconditional, also after an eviction."""
-            request, had = candidate.request, candidate.generated + 1
+            uniform = self._uniform.few(scenarios)
+            left = self.history.draw_new(
+                uniform, candidate.request.cap, candidate.generated + 1, binding=binding
+            )
             more = candidate.lag + overlap
-            uniform = self._uniform.take(scenarios).tolist()
-            lengths = self.history.draw_new(uniform, request.cap, binding=binding)
-            return [length - had + more if length > had else more for length in lengths]
+            return [steps + more for steps in left] if more else left
 
         def answer(candidate: Candidate) -> Answer:
             nonlocal future, most
