@@ -7,6 +7,8 @@ Two situations, each with requests that decode and requests that wait:
   decides anew.  Lengths are geometric, memory binds at about so many running requests, and the past
   that the policy knows is of such requests alone.
 
+Each is measured in several rounds, of which the medians are printed.
+
 Run: ``python benchmarks/planning_cost.py [--json FILE]``.
 """
 
@@ -132,26 +134,50 @@ def measure(preset: str, running: int, waiting: int, *, churn: bool) -> dict[str
     }
 
 
+def _median_of(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of each number, and between what the rounds' p99 lay: a virtual machine has bad seconds."""
+    row = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    tails = [each["plan_us_p99"] for each in rounds]
+    return {**row, "plan_us_p99_least": min(tails), "plan_us_p99_most": max(tails)}
+
+
 def main() -> None:
-    """Measure every preset at every size and print a table."""
+    """Measure every preset at every size, some rounds over, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    rows = []
-    for running, waiting in SIZES:
-        for preset in ("vllm", "tgi", "past-future"):
-            for churn in (False, True):
-                row = {
-                    "preset": preset,
-                    "running": running,
-                    "waiting": waiting,
-                    "situation": "churn" if churn else "nothing changes",
-                    **measure(preset, running, waiting, churn=churn),
-                }
-                rows.append(row)
-                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    cases = [
+        (preset, running, waiting, churn)
+        for running, waiting in SIZES
+        for preset in ("vllm", "tgi", "past-future")
+        for churn in (False, True)
+    ]
+    measured: dict[tuple[str, int, int, bool], list[dict[str, float]]] = {}
+    for _ in range(arguments.rounds):
+        for case in cases:
+            preset, running, waiting, churn = case
+            found = measure(preset, running, waiting, churn=churn)
+            measured.setdefault(case, []).append(found)
+    rows = [
+        {
+            "preset": preset,
+            "running": running,
+            "waiting": waiting,
+            "situation": "churn" if churn else "nothing changes",
+            **_median_of(measured[preset, running, waiting, churn]),
+        }
+        for preset, running, waiting, churn in cases
+    ]
+    for row in rows:
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if arguments.json:
-        report = {"commit": revision(ROOT), "machine": machine(), "rows": rows}
+        report = {
+            "commit": revision(ROOT),
+            "machine": machine(),
+            "rounds": arguments.rounds,
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -243,9 +243,8 @@ class _Rows:
 
     def columns(self, ticks: int) -> Sequence[Ints]:
         """The four, as arrays that cannot be written to; the third with so many added."""
-        # A copy: while an array shares its memory it could not grow.
-        flat = np.array(self._flat)
-        generated = flat[2::4]
-        generated += ticks
-        flat.flags.writeable = generated.flags.writeable = False
+        # A copy: while an array shares its memory it could not grow.  Bytes cannot be written to.
+        flat = np.frombuffer(self._flat.tobytes(), dtype=np.int64)
+        generated = flat[2::4] + ticks
+        generated.flags.writeable = False
         return flat[0::4], flat[1::4], generated, flat[3::4]
