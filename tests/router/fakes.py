@@ -110,6 +110,8 @@ class Fake:
         self.headers: list[dict[str, str]] = []
         self.left = 0
         self.pace = 0.0
+        self.answers = asyncio.Event()
+        self.answers.set()
         self._server: Listening | None = None
         self._port = 0
         self.url = ""
@@ -138,6 +140,7 @@ class Fake:
 
     async def _models(self, request: Request) -> Response:
         del request
+        await self.answers.wait()
         if self.listing is not None:
             return Response(self.listing)
         entry: dict[str, Any] = {"id": self.model, "object": "model"}
@@ -159,6 +162,7 @@ class Fake:
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
+        await self.answers.wait()
         fault = self.always or (self.faults.popleft() if self.faults else None)
         if fault is not None and fault.status > 0:
             return await fault.answer()

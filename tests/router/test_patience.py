@@ -23,6 +23,19 @@ async def test_an_answer_that_comes_whole_may_take_its_time() -> None:
         assert router.service.pool.backends[0].circuit.failures == 0
 
 
+async def test_a_backend_that_hangs_while_it_owes_a_whole_answer() -> None:
+    one, other = Fake(), Fake()
+    async with routed(one, other, gap_timeout=0.3, place="round-robin") as router:
+        one.answers.clear()
+        async with asyncio.timeout(5):
+            for _ in range(2):
+                answer = await router.client.post("/v1/chat/completions", json=CHAT)
+                assert answer.json()["choices"][0]["message"]["content"] == "whole"
+        one.answers.set()
+        assert len(one.bodies) == 1
+        assert 'outcome="silent"' in router.service.pool.exposition().decode()
+
+
 async def test_a_stream_without_a_byte_is_tried_elsewhere() -> None:
     one, other = Fake(), Fake()
     async with routed(one, other, retries=1) as router:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import aiohttp
 import msgspec
@@ -99,12 +100,16 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def post(
-        self, path: str, body: bytes, headers: Mapping[str, str], *, stream: bool = True
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        patience: aiohttp.ClientTimeout | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer whose status is good.
 
         Args:
-            stream: whether it comes bit by bit, so that silence is a failure.
+            patience: None: silence is a failure.
 
         Raises:
             BackendError: it failed, now or while its body was read.
@@ -118,13 +123,46 @@ class Backend:
                 data=body,
                 headers=headers,
                 allow_redirects=False,
-                timeout=self.session.timeout if stream else _UNTIL_THE_END,
+                timeout=patience or self.session.timeout,
             )
             async with sent as response:
                 if response.status >= 300:
                     raw = await response.read()
                     raise error_of(response.status, response.headers, self.url, raw)
                 yield response
+
+    async def whole(self, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        """An answer that comes in one piece, however long it takes while the backend is there.
+
+        Raises:
+            BackendError: it failed, or no longer answers anything.
+            ApiError: it says that the request is wrong.
+        """
+        reading = asyncio.ensure_future(self._read(path, body, headers))
+        watching = asyncio.ensure_future(self._until_gone())
+        try:
+            await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+            return reading.result() if reading.done() else watching.result()
+        finally:
+            reading.cancel()
+            watching.cancel()
+            await asyncio.gather(reading, watching, return_exceptions=True)
+
+    async def _read(self, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        async with self.post(path, body, headers, _UNTIL_THE_END) as response:
+            return await response.read()
+
+    async def _until_gone(self) -> Never:
+        """Ask for its models now and then, which costs it nothing, until it does not answer."""
+        pause = self.session.timeout.sock_read
+        assert pause is not None
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self.models()
+            except BackendError as error:
+                if error.kind in {Kind.SILENT, Kind.CONNECTION}:
+                    raise
 
     async def completion(self, body: bytes, headers: Mapping[str, str]) -> AsyncGenerator[Piece]:
         """The pieces of a streamed completion.

@@ -237,12 +237,11 @@ class ForwardedReply(_Reply):
             await self._whole(send, 200, "application/json", self._answer, {})
 
     async def _attempt(self, stay: Stay, ticket: Ticket, send: Send) -> None:
-        async with stay.backend.post(
-            self._path, self._body, self._headers, stream=self._streams
-        ) as response:
-            if not self._streams:
-                self._answer = await response.read()
-                return
+        ask = self._path, self._body, self._headers
+        if not self._streams:
+            self._answer = await stay.backend.whole(*ask)
+            return
+        async with stay.backend.post(*ask) as response:
             async for piece in response.content.iter_any():
                 if not self._started:
                     self._started = ticket.final = True
