@@ -9,13 +9,21 @@ change the output.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from penstock.core.sampling import SamplingParams
@@ -32,6 +40,7 @@ _NOTHING: Mapping[str, float] = MappingProxyType({})
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,19}")
 # How much of a key that a client made up is shown in a refusal.
 _LONGEST_NAME = 80
+_MANY = 64  # members, more than any object here has names for
 MAX_CHOICES = 128
 MAX_BIASES = 1 << 18
 MAX_LOGPROBS = 20
@@ -41,10 +50,34 @@ Milliseconds: TypeAlias = Annotated[float, Field(gt=0)]
 NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
-class SLOFields(BaseModel):
-    """The body's ``slo``: a class, bounds in milliseconds, or both."""
+class _Part(BaseModel):
+    """What clients send; of many members that it has no names for, one is told."""
 
     model_config = _STRICT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or len(data) <= _MANY:
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in data if name not in known), None)
+        return {name: data[name] for name in data if name in known or name == unknown}
+
+
+def _one_fault(fine: Callable[[Any], bool]) -> BeforeValidator:
+    """Of an object with values that are not fine, keeps the first of them: only one is told."""
+
+    def keep(value: Any) -> Any:
+        members = value.items() if isinstance(value, dict) else ()
+        fault = next((name for name, member in members if not fine(member)), None)
+        return value if fault is None else {fault: value[fault]}
+
+    return BeforeValidator(keep)
+
+
+class SLOFields(_Part):
+    """The body's ``slo``: a class, bounds in milliseconds, or both."""
 
     class_: str | None = Field(None, alias="class")
     ttft_ms: Milliseconds | None = None
@@ -53,26 +86,20 @@ class SLOFields(BaseModel):
     e2e_ms: Milliseconds | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Part):
     """How a stream is dressed."""
-
-    model_config = _STRICT
 
     include_usage: bool = False
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Part):
     """Only plain text is produced."""
-
-    model_config = _STRICT
 
     type: Literal["text"]
 
 
-class CommonBody(BaseModel):
+class CommonBody(_Part):
     """What chat and plain completions share."""
-
-    model_config = _STRICT
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -83,7 +110,10 @@ class CommonBody(BaseModel):
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]],
+        _one_fault(lambda bias: type(bias) in {int, float} and -100 <= bias <= 100),
+    ] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[list[NonEmpty], Field(max_length=4)] = Field(default_factory=list)
     stop_token_ids: Annotated[list[int], Field(max_length=64)] = Field(default_factory=list)
@@ -95,7 +125,9 @@ class CommonBody(BaseModel):
     slo: SLOFields | None = None
     trace_output_tokens: int | None = Field(None, ge=1)
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], _one_fault(lambda word: isinstance(word, str))] | None = (
+        None
+    )
     store: Literal[False] = False
 
     @model_validator(mode="before")
@@ -175,19 +207,15 @@ class CommonBody(BaseModel):
         return biases
 
 
-class TextPart(BaseModel):
+class TextPart(_Part):
     """One part of a message's content; only text is understood."""
-
-    model_config = _STRICT
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(_Part):
     """One message of a conversation."""
-
-    model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart], Field(fail_fast=True)]
