@@ -347,8 +347,10 @@ def test_who_was_refused_is_asked_again_once_a_block_can_be_shared() -> None:
     assert starts(hand, 2) == [["a"], ["b"]]
 
 
-def test_a_static_batch_enters_whole_where_its_prompts_fill_the_step() -> None:
-    hand = Hand(capabilities(kv_blocks=200, max_batch=8, max_step_tokens=40), "sls")
+@pytest.mark.parametrize("order", ["fcfs", "shortest-prefill"])
+def test_a_static_batch_enters_whole_where_its_prompts_fill_the_step(order: str) -> None:
+    machine = capabilities(kv_blocks=200, max_batch=8, max_step_tokens=40)
+    hand = Hand(machine, presets.build("sls", order=order))
     for name in "abcdefgh":
         hand.add(name, 10, 3)
     first, second, third = (hand.step() for _ in range(3))

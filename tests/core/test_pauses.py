@@ -8,8 +8,10 @@ import numpy as np
 
 from penstock.core.forecast.latency.base import StepLoad
 from penstock.core.policies import presets
+from penstock.core.policies.share.static import StaticShare
 from penstock.core.snapshot import Decoding, Ints
 from penstock.core.types import Capabilities
+from tests.core.drive import capabilities
 from tests.core.hand import Hand
 
 
@@ -28,6 +30,20 @@ class LongestAlone:
 
     def ended(self, tokens: int) -> None:
         """Nothing to learn."""
+
+
+def test_prompts_that_nobody_has_hold_up_nobody() -> None:
+    """A static share waits for all to decode, of whom some pause for as long as others do."""
+    policy = replace(presets.build("vllm"), pack=LongestAlone(pausing=True), share=StaticShare())
+    hand = Hand(capabilities(max_batch=3), policy)
+    for name, prompt in (("a", 3), ("b", 2), ("c", 1)):
+        hand.add(name, prompt, 4)
+    for _ in range(30):
+        if hand.scheduler.stats(0.0).running or hand.scheduler.stats(0.0).waiting:
+            hand.plan()
+            hand.confirm()
+    assert {ended.output_tokens for ended in hand.ended.values()} == {4}
+    assert len(hand.ended) == 3
 
 
 def test_those_whose_pause_an_eviction_ends_count_in_the_step() -> None:

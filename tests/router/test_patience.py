@@ -89,6 +89,23 @@ async def test_time_at_a_backend_that_dies_is_no_wait(failures: int) -> None:
         assert await router.text(20) == said(2, 21)
 
 
+async def test_a_failure_that_was_made_good_is_not_told() -> None:
+    """The first slice failed once, the second finds every circuit open."""
+    one, other = Fake(), Fake()
+    async with routed(one, other, max_wait=0.4, slice_tokens=5, backoff=9.0) as router:
+        one.faults += [Fault(after=2)]
+        one.pace = other.pace = 0.05
+        asking = asyncio.create_task(router.post(12))
+        await until(lambda: len(one.bodies) + len(other.bodies) == 3)
+        pool = router.service.pool
+        for backend in pool.backends.values():
+            while not backend.circuit.failure():
+                pass
+            pool._open(backend)
+        answer = await asking
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_backend")
+
+
 async def test_time_at_a_backend_whose_circuit_opens_is_no_wait() -> None:
     one = Fake()
     async with routed(one, failures=1, max_wait=0.4, slice_tokens=50) as router:

@@ -122,7 +122,7 @@ class Admission:
         asking = self._opens(draft, first)
         turn = self._turn(waiting)
         for entry in order:
-            if draft.prefill_left <= 0:
+            if draft.prefill_left <= 0 and not (asking and self._policy.at_once):
                 break
             if entry.state is State.PREFILL:
                 draft.chunk(entry)

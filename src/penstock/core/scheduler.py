@@ -184,6 +184,8 @@ class Scheduler:
             rejected = self._admission.run(draft)
         for ended in rejected:
             self._observe(ended)
+        if not (split.decode or draft.chunks):  # or nobody would compute anything
+            decodes = self._make_room(draft)
         return self._emit(draft, decodes=decodes)
 
     def confirm(self, result: StepResult) -> frozenset[RequestId]:

@@ -203,7 +203,7 @@ class Pool:
                     raise outcome
                 self.metrics.on_slice(stay.backend, None)
                 stay.backend.circuit.success()
-                ticket.failures = ticket.refusals = 0
+                ticket.failures, ticket.refusals, ticket.last = 0, 0, None
                 ticket.waits_since = self._clock()
                 return
             self._on_failure(ticket, stay, outcome)
