@@ -348,6 +348,52 @@ def test_who_was_refused_is_asked_again_once_a_block_can_be_shared() -> None:
 
 
 @pytest.mark.parametrize("order", ["fcfs", "shortest-prefill"])
+def test_memory_of_those_before_it_in_the_pass_is_not_free(order: str) -> None:
+    policy = replace(presets.build("vllm", order=order), admit=Asked())
+    hand = Hand(capabilities(kv_blocks=12, block_size=1, max_request_tokens=12), policy)
+    for name, prompt in (("a", 3), ("b", 4), ("c", 6)):
+        hand.add(name, prompt, 1)
+    assert starts(hand, 1) == [["a", "b"]]
+    assert "KV memory: 6 blocks needed, 5 free" in (hand.scheduler.explain("c") or "")
+
+
+def test_cached_blocks_that_make_room_for_another_in_the_pass_are_gone() -> None:
+    """``b`` needs the memory of what ``a`` left behind, so ``c`` cannot begin with it."""
+    machine = capabilities(
+        kv_blocks=10, block_size=4, max_request_tokens=40, max_step_tokens=60, prefix_cache=True
+    )
+    keys = {name: tuple(prefix_keys(tuple(name.encode() * 16), 4)) for name in "ax"}
+    hand = Hand(machine, asked(Asked()))
+    for name in "ax":
+        hand.add(name, 16, 1, prefix=keys[name])
+        hand.step()
+    hand.add("b", 23, 1)
+    hand.add("c", 5, 1, prefix=keys["a"][:1])
+    plan = hand.step()
+    assert [(start.id, len(start.cached)) for start in plan.starts] == [("b", 0), ("c", 0)]
+
+
+def test_a_policy_that_breaks_leaves_the_books_in_order() -> None:
+    class Broken(Asked):
+        def judge(self, view: Snapshot) -> Judge:
+            answer = Asked.judge(self, view)
+
+            def break_at_b(candidate: Candidate) -> Answer:
+                if candidate.request.id == "b":
+                    raise ZeroDivisionError
+                return answer(candidate)
+
+            return break_at_b
+
+    hand = Hand(capabilities(), asked(Broken()))
+    hand.add("a", 3, 4)
+    hand.add("b", 3, 4)
+    with pytest.raises(ZeroDivisionError):
+        hand.plan()
+    hand.scheduler.check()
+
+
+@pytest.mark.parametrize("order", ["fcfs", "shortest-prefill"])
 def test_a_static_batch_enters_whole_where_its_prompts_fill_the_step(order: str) -> None:
     machine = capabilities(kv_blocks=200, max_batch=8, max_step_tokens=40)
     hand = Hand(machine, presets.build("sls", order=order))

@@ -110,6 +110,7 @@ def test_ids_are_the_same_object_until_someone_joins_or_leaves() -> None:
     ids = members.ids
     for _ in range(10):
         members.tick()
+        members.join([])
         assert members.ids is ids
     second.entry.base = 1 - members.ticks
     members.join([second.entry])

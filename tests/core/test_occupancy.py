@@ -71,6 +71,18 @@ def test_more_requests_than_sixteen_bits_count(block_size: int) -> None:
     assert peak(tokens, steps, block_size) == count * 6
 
 
+@pytest.mark.parametrize("block_size", [1, 7, 16])
+@pytest.mark.parametrize("count", [127, 128, 254, 255, 256, 257, 511, 512])
+def test_counts_that_fill_a_field(count: int, block_size: int) -> None:
+    """Every request's rounding makes a block more at the peak, or every one's but one."""
+    tokens = np.full(count, 2 * block_size - 1, dtype=np.int64)
+    steps = np.full(count, block_size, dtype=np.int64)
+    blocks = -(-(3 * block_size - 1) // block_size)
+    assert peak(tokens, steps, block_size) == blocks * count
+    tokens[-1] = block_size
+    assert peak(tokens, steps, block_size) == blocks * (count - 1) + 2
+
+
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_lengths_that_no_request_will_reach(block_size: int) -> None:
     """A cold start without caps that bind: steps beyond 31 bits."""

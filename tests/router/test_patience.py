@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from penstock.router.backend import Backend
+from penstock.router.failures import BackendError, Kind
 from tests.router.fakes import Fake, Fault, routed, said, until
 
 CHAT = {"model": "fake", "messages": []}
@@ -34,6 +35,32 @@ async def test_a_backend_that_hangs_while_it_owes_a_whole_answer() -> None:
         one.answers.set()
         assert len(one.bodies) == 1
         assert 'outcome="silent"' in router.service.pool.exposition().decode()
+
+
+@pytest.mark.parametrize("kind", [Kind.CONNECTION, Kind.ERROR, Kind.CUT])
+async def test_who_refuses_connections_may_still_finish_what_it_has(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does a server that is shutting down."""
+    asked: list[str] = []
+
+    async def models(backend: Backend) -> list[dict[str, Any]]:
+        asked.append(backend.url)
+        raise BackendError(kind, backend.url, "not now")
+
+    one = Fake()
+    async with routed(one, gap_timeout=0.1) as router:
+        one.pace = 0.6
+        monkeypatch.setattr(Backend, "models", models)
+        answers = await asyncio.gather(
+            *(router.client.post("/v1/chat/completions", json=CHAT) for _ in range(10))
+        )
+        assert {answer.status_code for answer in answers} == {200}
+        assert 2 <= len(asked) <= 7, "not one watch for all"
+        assert router.service.pool.backends[0].circuit.failures == 0
+        count = len(asked)
+        await asyncio.sleep(0.3)
+        assert len(asked) == count, "it is asked although it owes nothing"
 
 
 async def test_a_stream_without_a_byte_is_tried_elsewhere() -> None:

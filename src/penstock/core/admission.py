@@ -20,10 +20,10 @@ class Draft:
     """A plan in the making.
 
     Attributes:
-        publishing: places among them of those that may fill blocks for others to share, and whose.
-        sampling: requests whose last chunk is in this plan.
         number: of the plan that it becomes.
         prefill_left: tokens that chunks may still take.
+        publishing: places in ``chunks`` of those that may fill blocks to be shared, and whose.
+        sampling: requests whose last chunk is in this plan.
     """
 
     now: float
@@ -108,11 +108,13 @@ class Admission:
         books = self._books
         turn = self._turn(len(books.queue))
         at_once = self._policy.at_once
-        while head is not None and (draft.prefill_left > 0 or at_once):
-            if not self._ask(draft, turn, head):
-                break
-            head = books.queue.peek()
-        self._settle(turn)
+        try:
+            while head is not None and (draft.prefill_left > 0 or at_once):
+                if not self._ask(draft, turn, head):
+                    break
+                head = books.queue.peek()
+        finally:
+            self._settle(turn)
         return turn
 
     def run_ranked(self, draft: Draft, order: Sequence[Entry]) -> list[Ended]:
@@ -121,14 +123,16 @@ class Admission:
         first = next((entry for entry in order if entry.state is not State.PREFILL), None)
         asking = self._opens(draft, first)
         turn = self._turn(waiting)
-        for entry in order:
-            if draft.prefill_left <= 0 and not (asking and self._policy.at_once):
-                break
-            if entry.state is State.PREFILL:
-                draft.chunk(entry)
-            elif asking:
-                asking = self._ask(draft, turn, entry)
-        self._settle(turn)
+        try:
+            for entry in order:
+                if draft.prefill_left <= 0 and not (asking and self._policy.at_once):
+                    break
+                if entry.state is State.PREFILL:
+                    draft.chunk(entry)
+                elif asking:
+                    asking = self._ask(draft, turn, entry)
+        finally:
+            self._settle(turn)
         self._note_who_waits(draft.now, turn.waited)
         return turn.rejected
 

@@ -178,6 +178,8 @@ class DecodeSet:
 
     def join(self, entries: Sequence[Entry]) -> None:
         """Let requests in whose chunks have just sampled; their ``base`` is set."""
+        if not entries:
+            return
         names, crossing, size = self._names, self._crossing, self._block_size
         rows: list[int] = []
         for entry in entries:

@@ -6,12 +6,14 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
+from operator import itemgetter
 
 from penstock.core.entry import Entry
 from penstock.core.policies.base import OrderKey
 
 _SPARE = 64
 _Place = tuple[bool, OrderKey, int, int, Entry]
+_PUSH = itemgetter(3)
 
 
 class WaitingQueue:
@@ -34,7 +36,11 @@ class WaitingQueue:
         return self._count
 
     def __iter__(self) -> Iterator[Entry]:
-        return (place[4] for place in chain(self._line, self._heap) if _taken(place))
+        """In the order in which they came into the queue: orders made anew break ties by it."""
+        places = [place for place in chain(self._line, self._heap) if _taken(place)]
+        if self._heap:
+            places.sort(key=_PUSH)
+        return (place[4] for place in places)
 
     def push(self, entry: Entry) -> None:
         """Add an entry that is not in the queue."""
@@ -66,6 +72,7 @@ class WaitingQueue:
 
     def remove(self, entry: Entry) -> None:
         """Take an entry out, wherever it stands."""
+        assert entry.place, f"request {entry.request.id} does not wait"
         entry.place = 0
         self._count -= 1
         self.tokens -= entry.total

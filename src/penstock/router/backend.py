@@ -97,6 +97,8 @@ class Backend:
     returns_ids: bool = False
     max_tokens: int | None = None
     complaint: str = ""
+    _owed: int = 0
+    _watch: asyncio.Task[Never] | None = None
 
     @contextlib.asynccontextmanager
     async def post(
@@ -109,7 +111,7 @@ class Backend:
         """An answer whose status is good.
 
         Args:
-            patience: None: silence is a failure.
+            patience: how long it may take; None: as the session says, so that silence is a failure.
 
         Raises:
             BackendError: it failed, now or while its body was read.
@@ -139,21 +141,40 @@ class Backend:
             ApiError: it says that the request is wrong.
         """
         reading = asyncio.ensure_future(self._read(path, body, headers))
-        watching = asyncio.ensure_future(self._until_gone())
         try:
-            await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
-            return reading.result() if reading.done() else watching.result()
+            with self._watched() as watching:
+                await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+                return reading.result() if reading.done() else watching.result()
         finally:
             reading.cancel()
-            watching.cancel()
-            await asyncio.gather(reading, watching, return_exceptions=True)
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def _read(self, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         async with self.post(path, body, headers, _UNTIL_THE_END) as response:
             return await response.read()
 
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[asyncio.Task[Never]]:
+        """A task that fails once the backend is gone; one for all answers that it owes."""
+        if not self._owed or self._watch is None or self._watch.done():
+            self._watch = asyncio.ensure_future(self._until_gone())
+            # They may all be over by then.
+            self._watch.add_done_callback(lambda task: task.cancelled() or task.exception())
+        watch = self._watch
+        self._owed += 1
+        try:
+            yield watch
+        finally:
+            self._owed -= 1
+            if not self._owed:
+                self._watch.cancel()
+
     async def _until_gone(self) -> Never:
-        """Ask for its models now and then, which costs it nothing, until it does not answer."""
+        """Ask for its models now and then, until nothing is heard.
+
+        A connection that is refused says nothing: so does a server that is shutting down while it
+        finishes what it has, and one that is dead breaks the other connections as well.
+        """
         pause = self.session.timeout.sock_read
         assert pause is not None
         while True:
@@ -161,7 +182,7 @@ class Backend:
             try:
                 await self.models()
             except BackendError as error:
-                if error.kind in {Kind.SILENT, Kind.CONNECTION}:
+                if error.kind is Kind.SILENT:
                     raise
 
     async def completion(self, body: bytes, headers: Mapping[str, str]) -> AsyncGenerator[Piece]:

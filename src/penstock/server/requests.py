@@ -42,7 +42,7 @@ _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,19}")
 _LONGEST_NAME = 80
 _MANY = 64  # members, more than any object here has names for
 MAX_CHOICES = 128
-MAX_BIASES = 1 << 18
+MAX_BIASES, _MOST_BIAS = 1 << 18, 100
 MAX_LOGPROBS = 20
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -66,7 +66,11 @@ class _Part(BaseModel):
 
 
 def _one_fault(fine: Callable[[Any], bool]) -> BeforeValidator:
-    """Of an object with values that are not fine, keeps the first of them: only one is told."""
+    """Of an object with values that are not fine, keeps the first of them: only one is told.
+
+    Args:
+        fine: false only for values that are refused hereafter.
+    """
 
     def keep(value: Any) -> Any:
         members = value.items() if isinstance(value, dict) else ()
@@ -111,8 +115,8 @@ class CommonBody(_Part):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[
-        dict[str, Annotated[float, Field(ge=-100, le=100)]],
-        _one_fault(lambda bias: type(bias) in {int, float} and -100 <= bias <= 100),
+        dict[str, Annotated[float, Field(ge=-_MOST_BIAS, le=_MOST_BIAS)]],
+        _one_fault(lambda bias: type(bias) in {int, float} and abs(bias) <= _MOST_BIAS),
     ] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[list[NonEmpty], Field(max_length=4)] = Field(default_factory=list)

@@ -89,7 +89,7 @@ class LengthHistory:
 
         Args:
             uniform: numbers in [0, 1), one per draw.
-            had: output tokens that do not count.
+            had: output tokens that it will have after its next step: what is left comes after them.
             binding: whether the cap binds.
         """
         count, item = len(self._lengths), self._sorted.item
