@@ -30,6 +30,7 @@ from penstock.core.types import Capabilities, Request, StepPlan, StepResult
 
 SIZES = ((40, 100), (256, 1_000), (4_096, 100_000))
 STEPS = 2_000
+ROUNDS = 5
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, CAP, BLOCK = 64, 4_000, 16
 
@@ -145,7 +146,6 @@ def main() -> None:
     """Measure every preset at every size, some rounds over, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     cases = [
         (preset, running, waiting, churn)
@@ -154,7 +154,7 @@ def main() -> None:
         for churn in (False, True)
     ]
     measured: dict[tuple[str, int, int, bool], list[dict[str, float]]] = {}
-    for _ in range(arguments.rounds):
+    for _ in range(ROUNDS):
         for case in cases:
             preset, running, waiting, churn = case
             found = measure(preset, running, waiting, churn=churn)
@@ -175,7 +175,7 @@ def main() -> None:
         report = {
             "commit": revision(ROOT),
             "machine": machine(),
-            "rounds": arguments.rounds,
+            "rounds": ROUNDS,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

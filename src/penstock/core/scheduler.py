@@ -1,9 +1,9 @@
 """The mechanism: keeps the books, asks the five questions, emits numbered plans.
 
-It decides nothing itself.  What it guarantees, whatever the policies answer: plans never
-exceed what the engine said it can do; every request ends exactly once; memory named by a
-plan in flight is not handed out again; and a request that fits the machine at all is
-served (when nothing runs, the head of the queue is admitted over any deferral).
+It decides nothing itself.  What it guarantees, whatever the policies answer: plans never exceed
+what the engine said it can do; every request ends exactly once; memory named by a plan in flight
+is not handed out again; and a request that fits the machine at all is served (when nothing runs,
+the head of the queue is admitted over any deferral; when no prompt is computed, others decode).
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Scheduler:
             rejected = self._admission.run(draft)
         for ended in rejected:
             self._observe(ended)
-        if not (split.decode or draft.chunks):  # or nobody would compute anything
+        if not (split.decode or draft.chunks):
             decodes = self._make_room(draft)
         return self._emit(draft, decodes=decodes)
 

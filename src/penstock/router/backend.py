@@ -156,18 +156,19 @@ class Backend:
     @contextlib.contextmanager
     def _watched(self) -> Iterator[asyncio.Task[Never]]:
         """A task that fails once the backend is gone; one for all answers that it owes."""
-        if not self._owed or self._watch is None or self._watch.done():
-            self._watch = asyncio.ensure_future(self._until_gone())
-            # They may all be over by then.
-            self._watch.add_done_callback(lambda task: task.cancelled() or task.exception())
         watch = self._watch
+        if watch is None or watch.done():
+            watch = self._watch = asyncio.ensure_future(self._until_gone())
+            # They may all be over by then.
+            watch.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._owed += 1
         try:
             yield watch
         finally:
             self._owed -= 1
-            if not self._owed:
+            if not self._owed and self._watch is not None:
                 self._watch.cancel()
+                self._watch = None
 
     async def _until_gone(self) -> Never:
         """Ask for its models now and then, until nothing is heard.
