@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +21,10 @@ from starlette.routing import Route
 
 @dataclass
 class FakeServer:
-    """Streams tokens at a fixed pace.  ``bodies`` holds every request it got, trials included."""
+    """Streams tokens at a fixed pace.  ``bodies`` holds every request it got, trials included.
+
+    After ``silent_after`` bodies no answer begins any more.
+    """
 
     url: str = ""
     token_seconds: float = 0.001
@@ -33,6 +37,7 @@ class FakeServer:
     stall_next: int = 0
     stall_seconds: float = 0.2
     first_token_seconds: float = 0.0
+    silent_after: int = sys.maxsize
     evictions: int = 0
     kv_use: float = 0.5
     running: int = 0
@@ -73,6 +78,8 @@ class FakeServer:
                 yield _event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
             trial = len(self.bodies) == 1
             await asyncio.sleep(0 if trial else self.first_token_seconds)
+            if any(body is late for late in self.bodies[self.silent_after :]):
+                await asyncio.sleep(60)
             for i in range(length):
                 if not trial and i == 1 and self.break_next:
                     self.break_next -= 1

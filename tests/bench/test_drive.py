@@ -147,10 +147,11 @@ def test_hanging_up_ends_with_the_first_token(fake: FakeServer) -> None:
 
 
 def test_a_duration_starts_over_and_cuts(fake: FakeServer) -> None:
-    fake.token_seconds = 0.01
-    result = go(fake, workload([4, 5]), Load(clients=2, duration=0.6, warmup=0.2))
-    assert max(a.request for a in result.attempts) >= 4
-    assert sum(a.end is End.CUT for a in result.attempts) == 2
+    # The last two wait when the time is up: a client between two requests would have none to cut.
+    fake.token_seconds, fake.silent_after = 0.01, 7
+    result = go(fake, workload([4, 5]), Load(clients=2, duration=0.9, warmup=0.5))
+    assert sorted(a.request for a in result.attempts) == list(range(8))
+    assert [a.end for a in result.attempts] == [End.COMPLETED] * 6 + [End.CUT] * 2
     assert result.summary.seconds == pytest.approx(0.4, abs=0.15)
     assert result.summary.attempts < len(result.attempts) - 2
     prompts = [tuple(b["prompt"]) for b in fake.measured]
