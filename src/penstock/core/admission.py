@@ -210,7 +210,20 @@ class Admission:
         by_policy = self._wake - books.decode.ticks if blocked else 0
         return max(by_policy, self._next_pass - books.number)
 
-    def published(self, index: int, key: PrefixKey) -> None:
+    def publish(self, entry: Entry, chunk: Chunk) -> Chunk:
+        """Name the blocks that a chunk fills, for others to share from the next plan on."""
+        books, request = self._books, entry.request
+        end = chunk.start + chunk.tokens
+        full = min(end // books.ledger.block_size, len(request.prefix))
+        publish: list[tuple[int, PrefixKey]] = []
+        for index, key in enumerate(request.prefix[entry.published : full], entry.published):
+            if books.ledger.publish(entry.holding, key):
+                publish.append((index, key))
+                self._published(index, key)
+        entry.published = max(entry.published, full)
+        return chunk._replace(publish=tuple(publish))
+
+    def _published(self, index: int, key: PrefixKey) -> None:
         """A block became shareable: who was refused may need less memory now."""
         if self._blocked is not None:
             prefix = self._blocked[0].request.prefix

@@ -193,6 +193,11 @@ class Ledger:
         elif key in self._holders:
             self._void.add(key)
 
+    def forget_idle(self) -> None:
+        """Give up every cached block that nobody holds."""
+        self._forgotten.extend(self._idle)
+        self._idle.clear()
+
     def take_forgotten(self) -> tuple[PrefixKey, ...]:
         """Idle keys given up since the last call, in order."""
         forgotten = tuple(self._forgotten)

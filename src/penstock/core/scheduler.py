@@ -243,6 +243,14 @@ class Scheduler:
         leaving.ids.difference_update(forgotten)
         return forgotten
 
+    def forget_prefixes(self) -> bool:
+        """Empty the prefix cache, as the next plan tells the engine; False while KV is held."""
+        ledger = self._books.ledger
+        if ledger.used:
+            return False
+        ledger.forget_idle()
+        return True
+
     def stats(self, now: float) -> Stats:
         """The present in numbers."""
         books = self._books
@@ -337,7 +345,7 @@ class Scheduler:
         chunks: tuple[Chunk, ...] = ()
         if draft.chunks:
             for place, entry in draft.publishing:
-                draft.chunks[place] = self._publish(entry, draft.chunks[place])
+                draft.chunks[place] = self._admission.publish(entry, draft.chunks[place])
             chunks = tuple(draft.chunks)
             capped.extend(books.sampled(draft.sampling))
         for entry in capped:
@@ -369,19 +377,6 @@ class Scheduler:
         for policy in (self.policy.rank, self.policy.pack):
             if policy is not None:
                 policy.observe(load, seconds)
-
-    def _publish(self, entry: Entry, chunk: Chunk) -> Chunk:
-        """Name the blocks that a chunk fills, for others to share from the next plan on."""
-        books, request = self._books, entry.request
-        end = chunk.start + chunk.tokens
-        full = min(end // books.ledger.block_size, len(request.prefix))
-        publish: list[tuple[int, PrefixKey]] = []
-        for index, key in enumerate(request.prefix[entry.published : full], entry.published):
-            if books.ledger.publish(entry.holding, key):
-                publish.append((index, key))
-                self._admission.published(index, key)
-        entry.published = max(entry.published, full)
-        return chunk._replace(publish=tuple(publish))
 
     def _end(
         self,

@@ -1,0 +1,153 @@
+"""What vLLM's HTTP server lacks for promises: headers in, honest refusals out.
+
+For ``--middleware penstock.vllm.Middleware``.  On the way in, ``x-slo-...`` headers and the body's
+``slo`` become members of ``vllm_xargs``, which reach the scheduler.  On the way out, an answer that
+the scheduler ended (:mod:`penstock.vllm.verdict`) becomes the status that it deserves: 429 with
+``Retry-After``, 504, 400; or, once a stream has begun, an error event.  All else passes untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from penstock.server.answers import error_response
+from penstock.server.errors import ApiError, invalid
+from penstock.server.slo import resolve
+from penstock.settings import SLOClass
+from penstock.vllm.intake import SLO_ARGUMENTS, TRACE
+from penstock.vllm.outcome import Answer
+from penstock.vllm.settings import read
+
+PATHS = ("/v1/completions", "/v1/chat/completions")
+XARGS = "vllm_xargs"
+
+
+class Middleware:
+    """Stands before vLLM's HTTP application.
+
+    Args:
+        app: what comes behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        ours = scope["type"] == "http" and scope["method"] == "POST"
+        if not ours or not scope["path"].endswith(PATHS):
+            await self._app(scope, receive, send)
+            return
+        body = await _whole(receive)
+        if body is None:
+            return
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        try:
+            changed = with_promise(headers, body, _classes(scope))
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if changed is not None:
+            body = changed
+            scope = {**scope, "headers": _resized(scope["headers"], len(body))}
+        answer = Answer(send)
+        await self._app(scope, _Replay(body, receive, answer), answer)
+
+
+class _Replay:
+    """Gives the application a body that has been read; afterwards what comes from the client."""
+
+    def __init__(self, body: bytes, receive: Receive, answer: Answer) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+        self._answer = answer
+
+    async def __call__(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await self._answer.or_over(self._receive)
+
+
+def with_promise(
+    headers: Mapping[str, str], body: bytes, classes: Mapping[str, SLOClass]
+) -> bytes | None:
+    """The body with the promise where vLLM takes it; None if it says nothing of one.
+
+    Raises:
+        ApiError: 400: a header or a member that cannot be right.
+    """
+    told = any(name.startswith("x-slo-") for name in headers)
+    if not told and b'"slo"' not in body and TRACE.encode() not in body:
+        return None
+    try:
+        decoded = msgspec.json.decode(body)
+    except msgspec.MsgspecError:
+        return None  # vLLM says what is wrong with it
+    if not isinstance(decoded, dict):
+        return None
+    slo = decoded.pop("slo", None)
+    if not isinstance(slo, dict | None):
+        raise invalid("slo", f'slo is {slo!r}; it must be an object such as {{"ttft_ms": 500}}')
+    given = _promise(headers, slo or {}, classes)
+    if TRACE in decoded:
+        given[TRACE] = decoded.pop(TRACE)
+    if not given:
+        return msgspec.json.encode(decoded) if slo is not None else None
+    more = decoded.get(XARGS) or {}
+    if not isinstance(more, dict):
+        return None  # likewise
+    for name in given.keys() & more.keys():
+        if given[name] != more[name]:
+            msg = f"{XARGS}.{name} is {more[name]!r}, but the promise says {given[name]!r}"
+            raise invalid(f"{XARGS}.{name}", f"{msg}; they must not differ")
+    return msgspec.json.encode({**decoded, XARGS: {**more, **given}})
+
+
+def _promise(
+    headers: Mapping[str, str], slo: dict[str, Any], classes: Mapping[str, SLOClass]
+) -> dict[str, object]:
+    """What was asked for, as arguments; the class's own bounds are not among them."""
+    known = {name.removeprefix("slo_") for name in SLO_ARGUMENTS}
+    unknown = sorted(slo.keys() - known)
+    if unknown:
+        words = ", ".join(sorted(known))
+        raise invalid(f"slo.{unknown[0]}", f"slo.{unknown[0]} is unknown; slo has: {words}")
+    promise = resolve(headers, slo, classes)
+    given: dict[str, object] = {}
+    for argument in SLO_ARGUMENTS:
+        name = argument.removeprefix("slo_")
+        value = slo.get(name, headers.get("x-slo-" + name.replace("_", "-")))
+        if value is not None:
+            given[argument] = promise.slo_class if name == "class" else float(value)
+    return given
+
+
+def _classes(scope: Scope) -> Mapping[str, SLOClass]:
+    """The classes that the scheduler was told of."""
+    config = scope["app"].state.vllm_config
+    return read(config.additional_config).slo
+
+
+def _resized(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    size = str(length).encode()
+    kept = [(n, v) for n, v in headers if n not in {b"content-length", b"transfer-encoding"}]
+    return [*kept, (b"content-length", size)]
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """The request's body; None if the client left before it was whole."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)

@@ -1,0 +1,389 @@
+"""Penstock's schedules carried out by vLLM's scheduler classes, on workers without a model."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import FinishReason
+
+from penstock.core.policies import presets
+from penstock.vllm.verdict import Verdict
+from tests.vllm.engine import BLOCK, Loop, text_of
+
+ONLINE = sorted(set(presets.PRESETS) - {"oracle"})
+
+
+def preset(name: str, **parameters: float) -> dict[str, Any]:
+    return {"scheduler": {"preset": name, "parameters": parameters}}
+
+
+def prompts(count: int, seed: int = 0, shared: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    head = [rng.randrange(3, 4000) for _ in range(shared)]
+    return [
+        head + [rng.randrange(3, 4000) for _ in range(rng.randrange(1, 40))] for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("name", ONLINE)
+def test_texts_are_the_models_under_every_preset(name: str, *, asynchronous: bool) -> None:
+    loop = Loop(preset(name), blocks=40, asynchronous=asynchronous)
+    made = prompts(30, shared=9)
+    for i, prompt in enumerate(made):
+        loop.add(f"r{i}", prompt, 1 + i)
+    loop.run()
+    for i, prompt in enumerate(made):
+        assert loop.texts[f"r{i}"] == text_of(prompt, 1 + i)
+        assert loop.ends[f"r{i}"].finish_reason is FinishReason.LENGTH
+    assert loop.worker.most_tokens <= 32
+
+
+load = st.lists(
+    st.tuples(
+        st.integers(0, 60),  # steps before it comes
+        st.integers(1, 30),  # prompt tokens of its own
+        st.integers(0, 2),  # which shared beginning
+        st.integers(1, 40),  # most tokens
+        st.one_of(st.none(), st.integers(1, 60)),  # steps until its client leaves
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+@given(
+    load,
+    st.sampled_from(["past-future", "vllm", "kairos", "tgi", "sls"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(26, 80),
+)
+@settings(max_examples=150)
+def test_whatever_comes_texts_are_right_and_nothing_is_lost(
+    load: list[Any], name: str, asynchronous: bool, caching: bool, blocks: int
+) -> None:
+    loop = Loop(
+        preset(name), blocks=blocks, asynchronous=asynchronous, caching=caching, max_model_len=96
+    )
+    heads = [[], list(range(100, 111)), list(range(100, 109))]
+    coming = sorted(
+        (at, f"r{i}", heads[head] + [500 + i * 40 + k for k in range(own)], most, stays)
+        for i, (at, own, head, most, stays) in enumerate(load)
+    )
+    leaving: list[tuple[int, str]] = []
+    made = {name: (prompt, most) for _, name, prompt, most, _ in coming}
+    for step in range(4000):
+        while coming and coming[0][0] <= step:
+            _, request, prompt, most, stays = coming.pop(0)
+            loop.add(request, prompt, most)
+            if stays is not None:
+                leaving.append((step + stays, request))
+        for at, request in [one for one in leaving if one[0] <= step]:
+            loop.abort(request)
+            leaving.remove((at, request))
+        if not loop.step() and not coming:
+            break
+    loop.check_idle()
+    left = {request for request in made if request not in loop.ends}
+    assert left <= {f"r{i}" for i, one in enumerate(load) if one[4] is not None}
+    for request, (prompt, most) in made.items():
+        text = loop.texts[request]
+        assert text == text_of(prompt, most)[: len(text)]
+        assert request in left or len(text) == most
+
+
+def test_evictions_are_vllms_preemptions() -> None:
+    loop = Loop(preset("vllm"), blocks=24)
+    requests = [loop.add(f"r{i}", [10 + i, 11, 12], 60) for i in range(6)]
+    loop.run()
+    assert loop.scheduler.core.evictions > 0
+    assert sum(one.num_preemptions for one in requests) == loop.scheduler.core.evictions
+    assert all(loop.texts[f"r{i}"] == text_of([10 + i, 11, 12], 60) for i in range(6))
+
+
+def test_forecast_admission_evicts_nobody_where_the_watermark_does() -> None:
+    evictions = {}
+    for name in ("vllm", "tgi"):
+        loop = Loop(preset(name), blocks=24)
+        for i in range(6):
+            loop.add(f"r{i}", [10 + i, 11, 12], 60)
+        loop.run()
+        evictions[name] = loop.scheduler.core.evictions
+    assert evictions["vllm"] > 0
+    assert evictions["tgi"] == 0
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    head = list(range(50, 50 + 5 * BLOCK))
+    loop = Loop()
+    loop.add("first", [*head, 1000], 4)
+    loop.run()
+    second = loop.add("second", [*head, 1001], 4)
+    loop.step()
+    assert second.num_computed_tokens >= 5 * BLOCK
+    loop.run()
+    stats = loop.scheduler.make_stats()
+    assert stats is not None
+    assert loop.texts["second"] == text_of([*head, 1001], 4)
+    assert second.num_tokens == len(head) + 5
+
+
+def test_what_was_generated_may_be_shared_as_well() -> None:
+    prompt = [70, 71, 72]
+    loop = Loop()
+    # It ends by itself: at a stop token that its text has.
+    text = text_of(prompt, 12)
+    loop.add("first", prompt, 40, stop_token_ids=[text[-1]])
+    loop.run()
+    assert loop.ends["first"].finish_reason is FinishReason.STOP
+    assert loop.ends["first"].stop_reason == text[-1]
+    again = loop.add("second", prompt + text, 4)
+    loop.step()
+    assert again.num_computed_tokens >= (len(prompt) + 11) // BLOCK * BLOCK
+    loop.run()
+    assert loop.texts["second"] == text_of(prompt + text, 4)
+
+
+def test_the_prefix_cache_can_be_reset_while_nobody_holds_it() -> None:
+    loop = Loop()
+    loop.add("a", list(range(40, 60)), 4)
+    loop.step()
+    assert not loop.scheduler.reset_prefix_cache()
+    loop.run()
+    assert loop.scheduler.core.stats(0.0).kv_idle > 0
+    assert loop.scheduler.reset_prefix_cache()
+    again = loop.add("b", list(range(40, 60)), 4)
+    loop.step()
+    assert loop.scheduler.make_stats().prefix_cache_stats.hits == 0
+    loop.run()
+    assert again.num_output_tokens == 4
+    with pytest.raises(NotImplementedError, match="preempt running requests"):
+        loop.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+
+def test_a_salt_keeps_caches_apart_and_prompt_logprobs_compute_everything() -> None:
+    prompt = list(range(40, 60))
+    loop = Loop()
+    loop.add("a", prompt, 4)
+    loop.run()
+    whole = loop.add("b", prompt, 4, prompt_logprobs=1)
+    loop.step()
+    assert whole.num_computed_tokens == len(prompt)
+    assert loop.scheduler.make_stats().prefix_cache_stats.hits == 0
+    loop.run()
+
+
+def test_an_expired_promise_is_told_as_such_and_costs_nobody_else() -> None:
+    loop = Loop({"slo": {"strict": {"ttft": 0.000_01, "on_miss": "expire"}}})
+    loop.add("late", [5, 6, 7], 8, extra_args={"slo_class": "strict"})
+    loop.add("fine", [5, 6, 8], 8)
+    loop.run()
+    end = loop.ends["late"]
+    assert end.finish_reason is FinishReason.ABORT
+    assert len(end.new_token_ids) == 1  # a stream would leave it out otherwise
+    verdict = Verdict.decode(end.stop_reason)
+    assert verdict is not None
+    assert verdict.kind == "expired"
+    assert verdict.error().status == 504
+    assert loop.texts["fine"] == text_of([5, 6, 8], 8)
+
+
+def test_a_promise_missed_in_mid_answer_ends_it_there() -> None:
+    loop = Loop()
+    loop.add("late", [5, 6, 7], 100, extra_args={"slo_e2e_ms": 1.0})
+    loop.run()
+    assert loop.ends["late"].finish_reason is FinishReason.LENGTH  # on_miss is keep
+    loop = Loop({"slo": {"short": {"e2e": 0.001, "on_miss": "expire"}}})
+    loop.add("late", [5, 6, 7], 100, extra_args={"slo_class": "short"})
+    loop.run()
+    verdict = Verdict.decode(loop.ends["late"].stop_reason)
+    assert verdict is not None
+    assert verdict.kind == "expired"
+    assert len(loop.texts["late"]) < 100
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
+    loop = Loop({"admission": {"max_waiting": 3}})
+    for i in range(6):
+        loop.add(f"r{i}", [5, 6, 7], 8)
+    loop.run()
+    refused = [name for name, end in loop.ends.items() if end.finish_reason is FinishReason.ABORT]
+    assert refused == ["r3", "r4", "r5"]
+    verdict = Verdict.decode(loop.ends["r5"].stop_reason)
+    assert verdict is not None
+    assert (verdict.kind, verdict.limit) == ("refused", "max_waiting")
+    assert verdict.retry_after >= 1
+    assert verdict.error().status == 429
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"slo_class": "nobody"}, "vllm_xargs.slo_class"),
+        ({"slo_ttft_ms": "soon"}, "vllm_xargs.slo_ttft_ms"),
+        ({"slo_gap_ms": -1}, "vllm_xargs.slo_gap_ms"),
+    ],
+)
+def test_a_wrong_promise_is_refused_by_name(extra: dict[str, object], param: str) -> None:
+    loop = Loop()
+    loop.add("wrong", [5, 6, 7], 8, extra_args=extra)
+    loop.run()
+    verdict = Verdict.decode(loop.ends["wrong"].stop_reason)
+    assert verdict is not None
+    assert (verdict.kind, verdict.param) == ("invalid", param)
+    assert verdict.error().status == 400
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused() -> None:
+    loop = Loop()
+    loop.add("long", list(range(3, 131)), 8)
+    loop.add("fine", [5, 6], 2)
+    loop.run()
+    verdict = Verdict.decode(loop.ends["long"].stop_reason)
+    assert verdict is not None
+    assert verdict.param == "max_tokens"
+    assert loop.texts["fine"] == text_of([5, 6], 2)
+
+
+def test_the_models_limit_ends_a_request_as_its_length() -> None:
+    loop = Loop(max_model_len=16)
+    loop.add("long", [5, 6, 7, 8], 1000)
+    loop.run()
+    assert loop.ends["long"].finish_reason is FinishReason.LENGTH
+    assert len(loop.texts["long"]) == 12
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stop_token_ends_it_even_when_its_next_step_is_under_way(*, asynchronous: bool) -> None:
+    prompt = [5, 6]
+    text = text_of(prompt, 5)
+    loop = Loop(asynchronous=asynchronous)
+    loop.add("a", prompt, 50, stop_token_ids=[text[-1]])
+    loop.run()
+    assert loop.texts["a"] == text
+    assert loop.ends["a"].finish_reason is FinishReason.STOP
+    assert loop.worker.steps == (6 if asynchronous else 5)
+
+
+def test_lengths_are_learned_from_those_who_end_by_themselves() -> None:
+    loop = Loop(preset("past-future"))
+    seen: list[tuple[str, int]] = []
+    observe = loop.scheduler.core.policy.admit.observe
+    loop.scheduler.core.policy.admit.observe = lambda ended: (
+        seen.append((str(ended.reason), ended.output_tokens)),
+        observe(ended),
+    )
+    stop = text_of([5, 6], 4)[-1]
+    loop.add("by token", [5, 6], 40, stop_token_ids=[stop])
+    loop.add("by cap", [7, 8], 6)
+    loop.run()
+    # The front end finds stop strings, and aborts; so it does when a client leaves.
+    loop.add("by string", [9, 10], 40, stop=["!"])
+    loop.add("gone", [11, 12], 40)
+    for _ in range(5):
+        loop.step()
+    loop.abort("by string")
+    loop.abort("gone")
+    loop.run()
+    assert seen[:2] == [("stop", 4), ("length", 6)]
+    assert [reason for reason, _ in seen[2:]] == ["stop", "cancelled"]
+    assert all(0 < count < 6 for _, count in seen[2:])
+
+
+def test_priority_is_vllms_flag_too() -> None:
+    loop = Loop(preset("tgi"), blocks=30, policy="priority")
+    for i in range(5):
+        loop.add(f"low{i}", [5 + i, 6], 60, priority=1)
+    loop.add("high", [99, 6], 60, priority=0)
+    loop.run()
+    order = list(loop.ends)
+    assert order.index("high") < 2
+
+
+def test_a_pause_lets_nobody_in_and_those_inside_go_on() -> None:
+    loop = Loop()
+    loop.add("inside", [5, 6, 7], 30)
+    loop.step()
+    loop.step()
+    loop.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    loop.add("outside", [5, 6, 8], 4)
+    for _ in range(60):
+        loop.step()
+    assert loop.texts["inside"] == text_of([5, 6, 7], 30)
+    assert loop.texts["outside"] == []
+    assert not loop.scheduler.has_unfinished_requests()
+    loop.scheduler.set_pause_state(PauseState.UNPAUSED)
+    loop.run()
+    assert loop.texts["outside"] == text_of([5, 6, 8], 4)
+
+
+def test_a_whole_pause_stops_everything_and_loses_nothing() -> None:
+    loop = Loop()
+    loop.add("a", [5, 6, 7], 30)
+    for _ in range(5):
+        loop.step()
+    loop.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    for _ in range(4):
+        loop.step()
+    count = len(loop.texts["a"])
+    for _ in range(20):
+        loop.step()
+    assert len(loop.texts["a"]) == count < 30
+    loop.scheduler.set_pause_state(PauseState.UNPAUSED)
+    loop.run()
+    assert loop.texts["a"] == text_of([5, 6, 7], 30)
+
+
+def test_lengths_of_a_trace_are_heeded_where_allowed_and_hidden_from_policies() -> None:
+    loop = Loop({"bench": {"trace_lengths": True}, **preset("past-future")})
+    loop.add("a", [5, 6, 7], 100, extra_args={"trace_output_tokens": 17})
+    loop.run()
+    assert loop.texts["a"] == text_of([5, 6, 7], 17)
+    assert loop.ends["a"].finish_reason is FinishReason.STOP
+    loop = Loop()
+    loop.add("a", [5, 6, 7], 20, extra_args={"trace_output_tokens": 17})
+    loop.run()
+    assert len(loop.texts["a"]) == 20
+
+
+def test_the_oracle_serves_traces_only() -> None:
+    with pytest.raises(ValueError, match=r"set penstock\.bench\.trace_lengths"):
+        Loop(preset("oracle"))
+    loop = Loop({"bench": {"trace_lengths": True}, **preset("oracle")}, blocks=24)
+    for i in range(6):
+        loop.add(f"r{i}", [10 + i, 11], 60, extra_args={"trace_output_tokens": 20 + i})
+    loop.run()
+    assert [len(loop.texts[f"r{i}"]) for i in range(6)] == [20, 21, 22, 23, 24, 25]
+    assert loop.scheduler.core.evictions == 0
+
+
+def test_the_hook_works_in_vllms_own_scheduler() -> None:
+    from penstock.vllm import TracedScheduler
+
+    loop = Loop(scheduler=TracedScheduler)
+    loop.add("a", [5, 6, 7], 100, extra_args={"trace_output_tokens": 17})
+    while loop.step():
+        pass
+    assert loop.texts["a"] == text_of([5, 6, 7], 17)
+    assert loop.ends["a"].finish_reason is FinishReason.STOP
+
+
+def test_explanations_say_where_a_request_stands() -> None:
+    loop = Loop(preset("tgi"), blocks=26)
+    loop.add("first", [5, 6], 80)
+    loop.add("second", [7, 8], 80)
+    for _ in range(4):
+        loop.step()
+    assert "output tokens" in loop.scheduler.explain("first")
+    assert "waiting" in loop.scheduler.explain("second")
+    assert loop.scheduler.explain("nobody") is None
+    loop.run()

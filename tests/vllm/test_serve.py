@@ -1,0 +1,210 @@
+"""vLLM's own server with Penstock inside, and the real ``openai`` client, under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+import openai
+
+from tests.vllm.engine import DEMO
+from tests.vllm.ports import free_port
+
+SETTINGS = {
+    "scheduler": {"preset": "vllm"},
+    "admission": {"max_waiting": 6},
+    "slo": {"strict": {"ttft": 0.000_1, "on_miss": "expire"}, "easy": {"ttft": 60, "gap": 60}},
+}
+
+
+class Served:
+    """A server that runs."""
+
+    def __init__(self, log: Path, *flags: str, settings: dict[str, Any] | None = None) -> None:
+        self.port, self.metrics = free_port(), free_port()
+        more: list[str] = []
+        if settings is not None:
+            config = {"penstock": {**settings, "metrics_port": self.metrics}}
+            more = ["--scheduler-cls", "penstock.vllm.Scheduler"]
+            more += ["--middleware", "penstock.vllm.Middleware"]
+            more += ["--additional-config", json.dumps(config)]
+        self._log = log
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+            "--model", str(DEMO), "--served-model-name", "demo", "--port", str(self.port),
+            "--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32",
+            "--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
+            "--block-size", "32", "--num-gpu-blocks-override", "25", *more, *flags,
+        ]  # fmt: skip
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        end = time.monotonic() + 150
+        while time.monotonic() < end:
+            assert self._process.poll() is None, self.log[-4000:]
+            try:
+                with urlopen(f"http://127.0.0.1:{self.port}/health"):
+                    return
+            except URLError:
+                time.sleep(0.25)
+        self.stop()
+        raise AssertionError(self.log[-4000:])
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Any]:
+        url = f"http://127.0.0.1:{self.port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            yield client
+
+    def scrape(self) -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{self.metrics}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    one = Served(tmp_path_factory.mktemp("vllm") / "log", settings=SETTINGS)
+    yield one
+    one.stop()
+
+
+async def complete(client: Any, prompt: str, tokens: int, **more: Any) -> Any:
+    return await client.completions.create(
+        model="demo", prompt=prompt, max_tokens=tokens, temperature=0, **more
+    )
+
+
+PROMPTS = [f"Once upon a time {i} there was" for i in range(6)]
+
+
+async def test_texts_are_vllms_own(served: Served, tmp_path: Path) -> None:
+    plain = Served(tmp_path / "log")
+    try:
+        texts = []
+        for server in (served, plain):
+            async with server.client() as client:
+                # One at a time: what shares a step may be rounded otherwise.
+                answers = [await complete(client, prompt, 40) for prompt in PROMPTS]
+            texts.append([one.choices[0].text for one in answers])
+    finally:
+        plain.stop()
+    assert texts[0] == texts[1]
+    assert all(texts[0])
+
+
+async def test_under_load_everybody_gets_an_answer_or_an_honest_refusal(served: Served) -> None:
+    outcomes: Counter[object] = Counter()
+    refusals: list[tuple[int, str]] = []
+
+    async def one(client: Any, i: int) -> None:
+        kind = client.chat.completions if i % 3 == 0 else client.completions
+        told = {"messages": [{"role": "user", "content": f"Tell {i}"}]} if i % 3 == 0 else {}
+        if not told:
+            told = {"prompt": f"Once {i}"}
+        try:
+            answer = await kind.create(
+                model="demo", max_tokens=120, temperature=0, stream=i % 2 == 0, **told,
+                extra_headers={"x-slo-class": "easy"}, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+        except openai.RateLimitError as error:
+            refusals.append((int(error.response.headers["retry-after"]), error.body["limit"]))
+            outcomes["refused"] += 1
+            return
+        if i % 2:
+            reason = answer.choices[0].finish_reason
+        else:
+            reason = [c.choices[0].finish_reason async for c in answer if c.choices][-1]
+        outcomes[reason] += 1
+
+    async with served.client() as client:
+        await asyncio.gather(*(one(client, i) for i in range(40)))
+    assert all(after >= 1 and limit == "max_waiting" for after, limit in refusals)
+    assert set(outcomes) == {"length", "refused"}
+    assert outcomes["length"] >= 10
+    assert sum(outcomes.values()) == 40
+    numbers = served.scrape()
+    met = 'penstock:slo_requests_total{model_name="demo",outcome="met",slo_class="easy"}'
+    assert numbers[met] == outcomes["length"]
+    goodput = 'penstock:goodput_tokens_total{model_name="demo",slo_class="easy"}'
+    assert numbers[goodput] == 120 * outcomes["length"]
+    assert numbers['penstock:num_preemptions_total{model_name="demo"}'] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_expired_promise_is_504(served: Served, *, stream: bool) -> None:
+    body = {"slo": {"class": "strict"}}
+    async with served.client() as client:
+        with pytest.raises(openai.APIStatusError) as caught:
+            await complete(client, "Once", 8, stream=stream, extra_body=body)
+    assert caught.value.status_code == 504
+    assert caught.value.body["code"] == "deadline_exceeded"
+
+
+async def test_a_client_that_leaves_gives_its_memory_back(served: Served) -> None:
+    name = 'penstock:num_requests_running{model_name="demo"}'
+    async with served.client() as client:
+        stream = await complete(client, "Once", 400, stream=True, extra_body={"ignore_eos": True})
+        async for _ in stream:
+            break
+        await stream.close()
+        end = time.monotonic() + 20
+        while served.scrape()[name] and time.monotonic() < end:
+            # The gauges move with steps.
+            await complete(client, "Once", 1)
+            await asyncio.sleep(0.1)
+    assert served.scrape()[name] == 0
+
+
+async def test_stop_strings_and_grammars_work(served: Served) -> None:
+    async with served.client() as client:
+        whole = (await complete(client, "Once upon", 30)).choices[0].text
+        word = whole.split()[3]
+        cut = await complete(client, "Once upon", 30, stop=[word])
+        assert cut.choices[0].finish_reason == "stop"
+        assert cut.choices[0].text == whole[: whole.index(word)]
+        grammar = {"structured_outputs": {"choice": ["red", "blue"]}}
+        choice = await complete(client, "Once", 8, extra_body=grammar)
+        assert choice.choices[0].text in {"red", "blue"}
+
+
+async def test_what_the_plug_in_does_not_serve_is_refused_at_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(AssertionError):
+        Served(log, "--long-prefill-token-threshold", "16", settings=SETTINGS)
+    told = "penstock.vllm.Scheduler: --long-prefill-token-threshold is not supported"
+    assert told in log.read_text(encoding="utf-8")
