@@ -70,6 +70,7 @@ class Worker:
     blocks: int
     memory: dict[tuple[int, int], int] = field(default_factory=dict)
     known: dict[str, _Known] = field(default_factory=dict)
+    before: set[str] = field(default_factory=set)
     steps: int = 0
     most_tokens: int = 0
 
@@ -88,6 +89,7 @@ class Worker:
         if not output.num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         self.steps += 1
+        self.before = set(output.num_scheduled_tokens)
         self.most_tokens = max(self.most_tokens, output.total_num_scheduled_tokens)
         ids = list(output.num_scheduled_tokens)
         sampled = [self._compute(name, output.num_scheduled_tokens[name]) for name in ids]
@@ -99,6 +101,8 @@ class Worker:
 
     def _update(self, output: SchedulerOutput) -> None:
         cached = output.scheduled_cached_reqs
+        # Whole texts are sent for those who were not in the step before, and for nobody else.
+        assert set(cached.all_token_ids) == set(cached.req_ids) - self.before
         for index, name in enumerate(cached.req_ids):
             known, new = self.known[name], cached.new_block_ids[index]
             if name in cached.resumed_req_ids:

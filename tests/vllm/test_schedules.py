@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -151,6 +152,31 @@ def test_what_was_generated_may_be_shared_as_well() -> None:
     assert again.num_computed_tokens >= (len(prompt) + 11) // BLOCK * BLOCK
     loop.run()
     assert loop.texts["second"] == text_of(prompt + text, 4)
+
+
+def test_the_last_token_has_no_kv_to_share() -> None:
+    prompt = [70, 71, 72]
+    text = text_of(prompt, 2 * BLOCK - 3)
+    loop = Loop(asynchronous=False)
+    loop.add("first", prompt, 40, stop_token_ids=[text[-1]])
+    loop.run()
+    assert loop.texts["first"] == text
+    loop.add("second", [*prompt, *text, 9], 4)
+    loop.run()
+    assert loop.texts["second"] == text_of([*prompt, *text, 9], 4)
+
+
+def test_measured_seconds_reach_the_policies() -> None:
+    loop = Loop(preset("kairos"))
+    results: list[float] = []
+    confirm = loop.scheduler.core.confirm
+    loop.scheduler.core.confirm = lambda result: (results.append(result.seconds), confirm(result))
+    began = time.monotonic()
+    loop.add("a", [5, 6, 7], 20)
+    loop.run()
+    assert all(seconds > 0 for seconds in results)
+    assert len(results) > 20
+    assert sum(results) <= time.monotonic() - began  # overlapping steps are not counted twice
 
 
 def test_the_prefix_cache_can_be_reset_while_nobody_holds_it() -> None:

@@ -165,10 +165,6 @@ class Scheduler(AsyncScheduler):
             self.core.cancel(request_id, reason)
         return ended
 
-    def has_finished_requests(self) -> bool:
-        """Whether another step is needed to tell of requests that have ended."""
-        return bool(self._verdicts) or super().has_finished_requests()
-
     def set_pause_state(self, pause_state: PauseState) -> None:
         """Let nobody in (``PAUSED_NEW``), or plan nothing (``PAUSED_ALL``)."""
         super().set_pause_state(pause_state)
@@ -283,10 +279,7 @@ class Scheduler(AsyncScheduler):
             self.tally.judged(request.request_id, "failed")
         elif request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
             full = (request.num_tokens - 1) // self.block_size  # the last token has no KV
-            keys = tuple(request.block_hashes[:full])
-            if request.skip_reading_prefix_cache:
-                keys = ()
-            self._stopped[request.request_id] = keys
+            self._stopped[request.request_id] = tuple(request.block_hashes[:full])
         self.tally.served(request.request_id)
         return bool(super()._handle_stopped_request(request))
 

@@ -75,7 +75,6 @@ class Wording:
         request = scheduler.requests[request_id]
         scheduler.running.remove(request)
         scheduler._preempt_request(request, now)  # noqa: SLF001
-        self._entering.discard(request_id)
 
     def _start(self, start: Start, now: float) -> None:
         scheduler = self._scheduler
