@@ -18,7 +18,7 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 RUNS = re.compile(r"<!-- runs -->\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\s*(?:\$ )?penstock ([a-z][a-z-]*)", re.MULTILINE)
-TARGET = re.compile(r"\bmake ([a-z]+)\b")
+TARGET = re.compile(r"\bmake ([a-z-]+)\b")
 
 
 def label(path: Path) -> str:
@@ -90,7 +90,7 @@ def test_examples_run(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=label)
 def test_make_targets_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     spoken = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     used = {
         name for code in [*blocks(text, "bash", "sh"), *spoken] for name in TARGET.findall(code)

@@ -39,6 +39,7 @@ FORBIDDEN = {
     ),
     "penstock.router": ("penstock.engine", "penstock.sim", "penstock.bench", "torch"),
     "penstock.cluster": ("penstock.engine", "penstock.router", "torch", "transformers"),
+    "penstock.vllm": ("penstock.sim", "penstock.bench", "penstock.cluster", "penstock.router"),
     "penstock.bench": ("penstock.engine", "torch", "transformers"),
     "penstock.testing": ("penstock.engine", "penstock.server", "torch"),
     "penstock.text": ("penstock.engine", "torch"),
@@ -86,6 +87,10 @@ def violations(source: str, module: str) -> list[str]:
             free = top in sys.stdlib_module_names - {"asyncio", "time"} or top == "numpy"
             if not (free or inside(imported, "penstock.core")):
                 found.append(f"{module} imports {imported}; core knows only core and numpy")
+        if not inside(module, "penstock.vllm") and top == "vllm":
+            found.append(f"{module} imports {imported}; only penstock.vllm knows vLLM")
+        if not inside(module, "penstock.vllm") and inside(imported, "penstock.vllm"):
+            found.append(f"{module} imports {imported}; only vLLM imports the plug-in")
         for package, banned in FORBIDDEN.items():
             if inside(module, package):
                 found += [
@@ -117,6 +122,9 @@ def test_module_respects_the_layers(path: Path) -> None:
         ("penstock.bench.run", "from penstock.engine import native"),
         ("penstock.text.tokenizer", "import torch.nn"),
         ("penstock.server.app", "from penstock.cli import main"),
+        ("penstock.engine.native", "from vllm import LLM"),
+        ("penstock.cli", "import penstock.vllm.settings"),
+        ("penstock.vllm.scheduler", "from penstock.sim import engine"),
         ("penstock.server.app", "from penstock.router.pool import Pool"),
         ("penstock.router.pool", "from penstock.sim import engine"),
         ("penstock.server.serve", "from penstock.cluster.front import Front"),

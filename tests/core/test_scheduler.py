@@ -430,3 +430,20 @@ def test_blocks_of_a_failed_chunk_are_not_shared_any_more() -> None:
     # What it computes itself is published anew.
     assert [key for chunk in plan.chunks for _, key in chunk.publish] == list(keys)
     scheduler.check()
+
+
+def test_prefixes_are_forgotten_while_nobody_holds_them() -> None:
+    hand = Hand(capabilities(prefix_cache=True), "vllm")
+    keys = prefix_keys(range(12), 4)
+    hand.add("a", 12, 5, prefix=keys)
+    hand.step()
+    assert not hand.scheduler.forget_prefixes(), "somebody holds blocks"
+    hand.finish()
+    assert hand.scheduler.stats(0.0).kv_idle == 3
+    assert hand.scheduler.forget_prefixes()
+    assert hand.scheduler.stats(0.0).kv_idle == 0
+    hand.add("b", 12, 5, prefix=keys)
+    plan = hand.step()
+    assert set(plan.forget) == set(keys), "the engine is told"
+    assert plan.starts[0].cached == ()
+    hand.finish()

@@ -192,7 +192,7 @@ def test_the_prefix_cache_can_be_reset_while_nobody_holds_it() -> None:
     assert loop.scheduler.make_stats().prefix_cache_stats.hits == 0
     loop.run()
     assert again.num_output_tokens == 4
-    with pytest.raises(NotImplementedError, match="preempt running requests"):
+    with pytest.raises(RuntimeError, match="preempt running requests"):
         loop.scheduler.reset_prefix_cache(reset_running_requests=True)
 
 

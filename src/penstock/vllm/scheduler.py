@@ -178,11 +178,11 @@ class Scheduler(AsyncScheduler):
         """Forget the prefix cache; False, and nothing done, while a request holds KV memory.
 
         Raises:
-            NotImplementedError: running requests were to be preempted for it.
+            RuntimeError: running requests were to be preempted for it.
         """
         if reset_running_requests:
             msg = "penstock.vllm.Scheduler cannot preempt running requests to reset the cache"
-            raise NotImplementedError(msg)
+            raise RuntimeError(msg)
         return bool(super().reset_prefix_cache(reset_connector=reset_connector))
 
     def explain(self, request_id: str) -> str | None:
