@@ -163,7 +163,7 @@ def test_a_duration_is_kept_when_one_client_reaches_the_end_of_the_workload(
 ) -> None:
     result = go(fake, workload([2, 3]), Load(clients=1, duration=0.5))
     assert max(a.request for a in result.attempts) >= 4
-    assert result.summary.seconds >= 0.5
+    assert result.summary.seconds >= 0.49  # a timer may fire a little early
 
 
 def test_open_loop_keeps_its_times_whatever_the_server_does(fake: FakeServer) -> None:

@@ -86,10 +86,10 @@ class Worker:
                 prompt, list(prompt), list(blocks), new.num_computed_tokens
             )
         self._update(output)
+        self.before = set(output.num_scheduled_tokens)
         if not output.num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         self.steps += 1
-        self.before = set(output.num_scheduled_tokens)
         self.most_tokens = max(self.most_tokens, output.total_num_scheduled_tokens)
         ids = list(output.num_scheduled_tokens)
         sampled = [self._compute(name, output.num_scheduled_tokens[name]) for name in ids]
@@ -101,8 +101,10 @@ class Worker:
 
     def _update(self, output: SchedulerOutput) -> None:
         cached = output.scheduled_cached_reqs
-        # Whole texts are sent for those who were not in the step before, and for nobody else.
-        assert set(cached.all_token_ids) == set(cached.req_ids) - self.before
+        # Whole texts are sent for those who were not in the step before, and for nobody else but
+        # those who begin again.
+        absent = set(cached.req_ids) - self.before
+        assert absent <= set(cached.all_token_ids) <= absent | cached.resumed_req_ids
         for index, name in enumerate(cached.req_ids):
             known, new = self.known[name], cached.new_block_ids[index]
             if name in cached.resumed_req_ids:

@@ -63,6 +63,8 @@ def test_prompt_logprobs_need_every_token_computed() -> None:
         ({"mm_features": [1]}, "messages", "images, audio and video"),
         ({"pooling_params": 1}, "model", "pooling"),
         ({"resumable": True}, "stream", "streaming input"),
+        ({"extra_args": {"slo_class": ["x"]}}, "vllm_xargs.slo_class", "one of: chat, default"),
+        ({"extra_args": {"slo_e2e_ms": 10**400}}, "vllm_xargs.slo_e2e_ms", "milliseconds"),
         ({"extra_args": {"slo_class": "x"}}, "vllm_xargs.slo_class", "one of: chat, default"),
         ({"extra_args": {"slo_e2e_ms": "x"}}, "vllm_xargs.slo_e2e_ms", "number of milliseconds"),
     ],

@@ -40,17 +40,17 @@ class Fake:
     ) -> None:
         self.parts, self.status, self.headers = parts, status, headers
         self.seen: list[dict[str, Any]] = []
-        self.length: list[bytes] = []
         self.broken_off = False
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, _scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return
             body += message.get("body", b"")
             more = message.get("more_body", False)
         self.seen.append(body)  # type: ignore[arg-type]
-        self.length = [value for name, value in scope["headers"] if name == b"content-length"]
         await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
         gone = asyncio.ensure_future(receive())
         for index, part in enumerate(self.parts):
@@ -109,12 +109,38 @@ class Client:
 ANSWER = json.dumps({"choices": [{"text": "hi", "finish_reason": "stop", "stop_reason": None}]})
 
 
-async def test_what_has_nothing_to_do_with_promises_passes_byte_for_byte() -> None:
+async def test_the_answer_gets_a_name_and_all_else_stays() -> None:
     app = Fake(ANSWER.encode())
-    body = b'{ "prompt":  "x" }'
-    status, _, answer = await Client(app).post(body)
+    status, _, answer = await Client(app).post({"prompt": "x", "n": 2})
     assert (status, answer) == (200, ANSWER.encode())
-    assert app.seen == [body]
+    seen = json.loads(app.seen[0])  # type: ignore[arg-type]
+    assert len(seen.pop("vllm_xargs")["penstock_answer"]) == 32
+    assert seen == {"prompt": "x", "n": 2}
+
+
+@pytest.mark.parametrize("more", [{"use_beam_search": True}, {"echo": True, "logprobs": 1}])
+async def test_where_vllm_could_not_carry_a_verdict_none_is_asked_for(more: dict[str, Any]) -> None:
+    app = Fake(ANSWER.encode())
+    await Client(app).post({"prompt": "x", **more}, x_slo_ttft_ms="5")
+    assert json.loads(app.seen[0])["vllm_xargs"] == {"slo_ttft_ms": 5.0}  # type: ignore[arg-type]
+
+
+async def test_a_body_is_not_read_before_somebody_wants_it() -> None:
+    async def closed(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def never() -> Any:
+        raise AssertionError
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    await Middleware(closed)(scope, never, send)
+    assert sent[0]["status"] == 401
 
 
 async def test_headers_and_the_slo_member_reach_the_scheduler() -> None:
@@ -126,17 +152,18 @@ async def test_headers_and_the_slo_member_reach_the_scheduler() -> None:
         x_slo_gap_ms="250",
     )
     body = json.loads(app.seen[0])  # type: ignore[arg-type]
+    del body["vllm_xargs"]["penstock_answer"]
     assert body == {
         "prompt": "x",
         "vllm_xargs": {"mine": 1, "slo_class": "chat", "slo_ttft_ms": 500.0, "slo_gap_ms": 250.0},
     }
-    assert app.length == [str(len(app.seen[0])).encode()]
 
 
 async def test_the_hook_for_benchmarks_goes_along() -> None:
     app = Fake(ANSWER.encode())
     await Client(app).post({"prompt": "x", "trace_output_tokens": 7})
-    assert json.loads(app.seen[0])["vllm_xargs"] == {"trace_output_tokens": 7}  # type: ignore[arg-type]
+    body = json.loads(app.seen[0])  # type: ignore[arg-type]
+    assert body["vllm_xargs"]["trace_output_tokens"] == 7
 
 
 @pytest.mark.parametrize(
@@ -145,6 +172,8 @@ async def test_the_hook_for_benchmarks_goes_along() -> None:
         ({"slo": {"ttft_ms": -1}}, {}, "slo.ttft_ms"),
         ({"slo": {"speed": 1}}, {}, "slo.speed"),
         ({"slo": "fast"}, {}, "slo"),
+        ({"slo": {"class": ["a"]}}, {}, "slo.class"),
+        ({"slo": {"ttft_ms": 10**400}}, {}, "slo.ttft_ms"),
         ({}, {"x_slo_ttft_ms": "soon"}, "x-slo-ttft-ms"),
         ({}, {"x_slo_class": "nobody"}, "x-slo-class"),
         ({"slo": {"ttft_ms": 1}}, {"x_slo_ttft_ms": "2"}, "slo.ttft_ms"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 
 from penstock.core.policies import presets
 from penstock.vllm.verdict import Verdict
-from tests.vllm.engine import BLOCK, Loop, text_of
+from tests.vllm.engine import BLOCK, EOS, Loop, text_of
 
 ONLINE = sorted(set(presets.PRESETS) - {"oracle"})
 
@@ -192,8 +194,74 @@ def test_the_prefix_cache_can_be_reset_while_nobody_holds_it() -> None:
     assert loop.scheduler.make_stats().prefix_cache_stats.hits == 0
     loop.run()
     assert again.num_output_tokens == 4
-    with pytest.raises(RuntimeError, match="preempt running requests"):
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_reset_in_a_pause_computes_everything_again(*, asynchronous: bool) -> None:
+    loop = Loop(asynchronous=asynchronous)
+    loop.add("a", list(range(40, 60)), 30)
+    for _ in range(9):
+        loop.step()
+    with pytest.raises(RuntimeError, match="in mid-step") if asynchronous else nullcontext():
         loop.scheduler.reset_prefix_cache(reset_running_requests=True)
+    loop.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    while loop.step():  # what is in flight is brought home
+        pass
+    assert loop.scheduler.reset_prefix_cache(reset_running_requests=True)
+    loop.worker.memory.clear()  # as new weights would
+    loop.scheduler.set_pause_state(PauseState.UNPAUSED)
+    loop.run()
+    assert loop.texts["a"] == text_of(list(range(40, 60)), 30)
+    assert loop.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+
+def test_what_a_capped_answer_said_may_be_shared_as_well() -> None:
+    prompt = [70, 71, 72]
+    text = text_of(prompt, 12)
+    loop = Loop()
+    loop.add("first", prompt, 12)
+    loop.run()
+    again = loop.add("second", prompt + text, 4)
+    loop.step()
+    assert again.num_computed_tokens >= (len(prompt) + 11) // BLOCK * BLOCK
+    loop.run()
+    assert loop.texts["second"] == text_of(prompt + text, 4)
+
+
+def test_a_streams_refusal_brings_a_token_for_those_who_understand_it() -> None:
+    loop = Loop({"slo": {"strict": {"ttft": 0.000_01, "on_miss": "expire"}}})
+    told = {"slo_class": "strict", "penstock_answer": "x"}
+    delta = RequestOutputKind.DELTA
+    loop.add("stream", [5, 6, 7], 8, extra_args=told, output_kind=delta, logprobs=2)
+    loop.add("whole", [5, 6, 7], 8, extra_args={**told, "penstock_answer": "y"})
+    loop.run()
+    assert {one.finish_reason for one in loop.ends.values()} == {FinishReason.ABORT}
+    assert loop.ends["stream"].new_token_ids == [EOS]
+    assert loop.ends["stream"].new_logprobs.logprobs.shape == (1, 3)
+    assert loop.ends["whole"].new_token_ids == []
+
+
+def test_parts_of_a_refused_answer_are_not_generated_for_nobody() -> None:
+    loop = Loop({"admission": {"max_waiting": 3}})
+    for i in range(6):
+        loop.add(f"r{i}", [5, 6, 7], 8, extra_args={"penstock_answer": "one"})
+    loop.add("other", [5, 6, 9], 8)
+    loop.run()
+    assert all(loop.texts[f"r{i}"] == [] for i in range(6))
+    assert {loop.ends[f"r{i}"].stop_reason for i in range(6)} == {loop.ends["r3"].stop_reason}
+    assert loop.texts["other"] == text_of([5, 6, 9], 8)
+    assert loop.worker.steps <= 10
+
+
+def test_what_the_plug_in_did_not_think_of_ends_one_request_only() -> None:
+    loop = Loop()
+    loop.scheduler.core.validate = lambda _: 1 / 0
+    loop.add("a", [5, 6], 3)
+    del loop.scheduler.core.validate
+    loop.add("b", [5, 6], 3)
+    loop.run()
+    assert loop.ends["a"].finish_reason is FinishReason.ERROR
+    assert loop.texts["b"] == text_of([5, 6], 3)
 
 
 def test_a_salt_keeps_caches_apart_and_prompt_logprobs_compute_everything() -> None:
@@ -214,8 +282,7 @@ def test_an_expired_promise_is_told_as_such_and_costs_nobody_else() -> None:
     loop.add("fine", [5, 6, 8], 8)
     loop.run()
     end = loop.ends["late"]
-    assert end.finish_reason is FinishReason.ABORT
-    assert len(end.new_token_ids) == 1  # a stream would leave it out otherwise
+    assert end.finish_reason is FinishReason.ERROR
     verdict = Verdict.decode(end.stop_reason)
     assert verdict is not None
     assert verdict.kind == "expired"
@@ -242,7 +309,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
     for i in range(6):
         loop.add(f"r{i}", [5, 6, 7], 8)
     loop.run()
-    refused = [name for name, end in loop.ends.items() if end.finish_reason is FinishReason.ABORT]
+    refused = [name for name, end in loop.ends.items() if end.finish_reason is FinishReason.ERROR]
     assert refused == ["r3", "r4", "r5"]
     verdict = Verdict.decode(loop.ends["r5"].stop_reason)
     assert verdict is not None

@@ -104,9 +104,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 async def complete(client: Any, prompt: str, tokens: int, **more: Any) -> Any:
-    return await client.completions.create(
-        model="demo", prompt=prompt, max_tokens=tokens, temperature=0, **more
-    )
+    more.setdefault("temperature", 0 if more.get("n", 1) == 1 else 0.8)
+    return await client.completions.create(model="demo", prompt=prompt, max_tokens=tokens, **more)
 
 
 PROMPTS = [f"Once upon a time {i} there was" for i in range(6)]
@@ -165,14 +164,52 @@ async def test_under_load_everybody_gets_an_answer_or_an_honest_refusal(served: 
     assert numbers['penstock:num_preemptions_total{model_name="demo"}'] > 0
 
 
+@pytest.mark.parametrize("more", [{}, {"logprobs": 2}, {"echo": True}, {"n": 2}])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_expired_promise_is_504(served: Served, *, stream: bool) -> None:
+async def test_an_expired_promise_is_504(
+    served: Served, *, stream: bool, more: dict[str, Any]
+) -> None:
     body = {"slo": {"class": "strict"}}
     async with served.client() as client:
         with pytest.raises(openai.APIStatusError) as caught:
-            await complete(client, "Once", 8, stream=stream, extra_body=body)
+            await complete(client, "Once", 8, stream=stream, extra_body=body, **more)
     assert caught.value.status_code == 504
     assert caught.value.body["code"] == "deadline_exceeded"
+
+
+async def test_a_chat_with_logprobs_too(served: Served) -> None:
+    async with served.client() as client:
+        for stream in (False, True):
+            with pytest.raises(openai.APIStatusError) as caught:
+                await client.chat.completions.create(
+                    model="demo", messages=[{"role": "user", "content": "x"}], stream=stream,
+                    logprobs=True, top_logprobs=2, extra_headers={"x-slo-class": "strict"},
+                )  # fmt: skip
+            assert caught.value.status_code == 504
+
+
+async def test_where_a_verdict_cannot_travel_it_is_an_error_and_no_answer(served: Served) -> None:
+    body = {"slo": {"class": "strict"}}
+    async with served.client() as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await complete(client, "Once", 4, echo=True, logprobs=1, extra_body=body)
+    assert caught.value.status_code == 500
+
+
+async def test_nothing_in_a_request_ends_the_engine(served: Served) -> None:
+    async with served.client() as client:
+        with pytest.raises(openai.BadRequestError):
+            await complete(client, "x", 4, extra_body={"vllm_xargs": {"slo_class": ["a"]}})
+        assert (await complete(client, "x", 4)).choices[0].text
+
+
+async def test_an_answer_whose_parts_do_not_fit_is_refused_at_once(served: Served) -> None:
+    async with served.client() as client:
+        with pytest.raises(openai.RateLimitError):
+            await complete(client, "Once", 300, n=20, extra_body={"ignore_eos": True})
+        name = 'penstock:num_requests_waiting{model_name="demo"}'
+        await complete(client, "Once", 1)
+    assert served.scrape()[name] == 0
 
 
 async def test_a_client_that_leaves_gives_its_memory_back(served: Served) -> None:

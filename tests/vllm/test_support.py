@@ -56,6 +56,7 @@ def config(**changes: Any) -> Any:
         lora_config=None,
         kv_transfer_config=None,
         ec_transfer_config=None,
+        kv_events_config=None,
         max_concurrent_batches=2,
     )
     for path, value in changes.items():
@@ -74,6 +75,8 @@ def config(**changes: Any) -> Any:
         ({"lora_config": 1}, "--enable-lora"),
         ({"kv_transfer_config": 1}, "--kv-transfer-config"),
         ({"ec_transfer_config": 1}, "--ec-transfer-config"),
+        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "--kv-events"),
+        ({"aux_output_config": SimpleNamespace(enabled=True)}, "--enable-return-routed-experts"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
         ({"parallel_config__data_parallel_size": 4}, "--data-parallel-size is 4"),
         ({"scheduler_config__enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),

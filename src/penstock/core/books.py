@@ -162,6 +162,18 @@ class Books:
         self.deadlines.evicted(entry)
         return Drop(entry.request.id, final=False, swapped=entry.swapped)
 
+    def evict_all(self, now: float) -> None:
+        """Take everybody's memory; no plan is in flight."""
+        entries = [*self.decode.entries, *self.paused.values(), *self.prefill.values()]
+        self.leaving.drops += [self.evict(entry, now) for entry in entries]
+
+    def forget_prefixes(self) -> bool:
+        """Give up all cached blocks; False, and nothing done, while somebody holds any."""
+        if self.ledger.used:
+            return False
+        self.ledger.forget_idle()
+        return True
+
     def _forget_swapped(self, entry: Entry) -> None:
         self.swapped -= entry.swapped
         entry.swapped = 0

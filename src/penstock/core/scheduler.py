@@ -152,12 +152,13 @@ class Scheduler:
         request_id: RequestId,
         reason: FinishReason = FinishReason.CANCELLED,
         detail: str = "",
+        keys: tuple[PrefixKey, ...] = (),
     ) -> bool:
-        """End a request from outside; False if no request of that id is there."""
+        """End a request from outside, leaving full blocks behind; False if it is unknown."""
         entry = self._books.entries.get(request_id)
         if entry is None:
             return False
-        self._end(entry, reason, self._books.output_tokens(entry), detail)
+        self._end(entry, reason, self._books.output_tokens(entry), detail, keys)
         return True
 
     def plan(self, now: float) -> StepPlan | None:
@@ -224,7 +225,8 @@ class Scheduler:
             self._end(entry, FinishReason.STOP, entry.base + tick, keys=keys)
         for entry in flight.capped:
             if entry.state is State.DRAINING:
-                self._end(entry, FinishReason.LENGTH, entry.generated)
+                keys = result.capped.get(entry.request.id, ())
+                self._end(entry, FinishReason.LENGTH, entry.generated, keys=keys)
         if books.leaving.lingering:
             books.release_confirmed()
         return stale
@@ -245,11 +247,13 @@ class Scheduler:
 
     def forget_prefixes(self) -> bool:
         """Empty the prefix cache, as the next plan tells the engine; False while KV is held."""
-        ledger = self._books.ledger
-        if ledger.used:
-            return False
-        ledger.forget_idle()
-        return True
+        return self._books.forget_prefixes()
+
+    def evict_all(self, now: float) -> bool:
+        """Evict everybody, as the next plan tells the engine; False with a plan in flight."""
+        if not self._flights:
+            self._books.evict_all(now)
+        return not self._flights
 
     def stats(self, now: float) -> Stats:
         """The present in numbers."""

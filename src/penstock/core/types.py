@@ -138,6 +138,7 @@ _COUNTS = (
     "max_repeat",
 )
 _NOBODY: Mapping[RequestId, str] = MappingProxyType({})
+_NO_KEYS: Mapping[RequestId, tuple[PrefixKey, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +290,8 @@ class StepResult(NamedTuple):
             The value holds the keys of all their full blocks, or nothing if
             the engine does not share blocks.
         failed: requests the engine had to give up, with the reason.
+        capped: of requests that reach their cap in it: keys of all their full blocks, where the
+            engine knows them.
         steps: how often it ran the plan, at most ``StepPlan.repeat``; ``seconds`` is for all of
             them, ``stopped`` and ``tokens`` are the last one's.
     """
@@ -299,6 +302,7 @@ class StepResult(NamedTuple):
     stopped: Mapping[RequestId, tuple[PrefixKey, ...]]
     failed: Mapping[RequestId, str] = _NOBODY
     steps: int = 1
+    capped: Mapping[RequestId, tuple[PrefixKey, ...]] = _NO_KEYS
 
 
 class Ended(NamedTuple):

@@ -49,7 +49,7 @@ def resolve(
     name = _once("x-slo-class", headers.get("x-slo-class"), "slo.class", body.get("class"))
     if name is None:
         name = DEFAULT_CLASS
-    elif name not in classes and name != DEFAULT_CLASS:
+    elif not isinstance(name, str) or name not in (*classes, DEFAULT_CLASS):
         param = "slo.class" if "class" in body else "x-slo-class"
         known = ", ".join(sorted({*classes, DEFAULT_CLASS}))
         raise invalid(param, f"{param} is {name!r}; it must be one of: {known}")
@@ -73,7 +73,7 @@ def _milliseconds(name: str, value: object) -> float | None:
         return None
     try:
         number = float(value) if isinstance(value, str | int | float) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not MIN_MS <= number <= MAX_MS:
         span = f"[{MIN_MS}, {MAX_MS:.0f}]"

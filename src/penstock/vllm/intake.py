@@ -20,6 +20,10 @@ TRACE = "trace_output_tokens"
 """The member that carries an output length, where the hook for benchmarks is on."""
 
 
+ANSWER = "penstock_answer"
+"""The member with which the middleware names the HTTP answer that a request is part of."""
+
+
 class UnservableError(ValueError):
     """A request that this scheduler cannot take.  ``param`` names the field at fault."""
 
@@ -32,6 +36,12 @@ def extra_args(request: VllmRequest) -> Mapping[str, object]:
     """What its client asked for besides what vLLM knows."""
     sampling = request.sampling_params
     return (sampling.extra_args if sampling is not None else None) or {}
+
+
+def answer_of(request: VllmRequest) -> str:
+    """The HTTP answer that it is part of; empty: nobody understands verdicts."""
+    answer = extra_args(request).get(ANSWER)
+    return answer if isinstance(answer, str) else ""
 
 
 def promise_of(request: VllmRequest, classes: Mapping[str, SLOClass]) -> Promise:

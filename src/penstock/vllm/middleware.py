@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.server.answers import error_response
 from penstock.server.errors import ApiError, invalid
 from penstock.server.slo import resolve
 from penstock.settings import SLOClass
-from penstock.vllm.intake import SLO_ARGUMENTS, TRACE
+from penstock.vllm.intake import ANSWER, SLO_ARGUMENTS, TRACE
 from penstock.vllm.outcome import Answer
 from penstock.vllm.settings import read
 
@@ -42,71 +42,70 @@ class Middleware:
         if not ours or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
             return
-        body = await _whole(receive)
-        if body is None:
-            return
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
-        try:
-            changed = with_promise(headers, body, _classes(scope))
-        except ApiError as error:
-            await error_response(error)(scope, receive, send)
-            return
-        if changed is not None:
-            body = changed
-            scope = {**scope, "headers": _resized(scope["headers"], len(body))}
         answer = Answer(send)
-        await self._app(scope, _Replay(body, receive, answer), answer)
+        await self._app(scope, _Intake(scope, receive, answer), answer)
 
 
-class _Replay:
-    """Gives the application a body that has been read; afterwards what comes from the client."""
+class _Intake:
+    """What the application receives: the request's body, with its promise where vLLM takes it.
 
-    def __init__(self, body: bytes, receive: Receive, answer: Answer) -> None:
-        self._body: bytes | None = body
+    The body is read when the application asks for it, so that whoever has no key costs nothing.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, answer: Answer) -> None:
+        self._scope = scope
         self._receive = receive
         self._answer = answer
+        self._read = False
 
     async def __call__(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await self._answer.or_over(self._receive)
+        if self._read:
+            return await self._answer.or_over(self._receive)
+        self._read = True
+        body = await _whole(self._receive)
+        if body is None:
+            return {"type": "http.disconnect"}
+        headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self._scope["headers"]}
+        try:
+            body = with_promise(headers, body, _classes(self._scope), uuid4().hex)
+        except ApiError as error:
+            await self._answer.refuse(error)
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": body, "more_body": False}
 
 
 def with_promise(
-    headers: Mapping[str, str], body: bytes, classes: Mapping[str, SLOClass]
-) -> bytes | None:
-    """The body with the promise where vLLM takes it; None if it says nothing of one.
+    headers: Mapping[str, str], body: bytes, classes: Mapping[str, SLOClass], answer: str
+) -> bytes:
+    """The body with the promise, and the answer's name, where vLLM takes them.
+
+    A body that is none stays as it is.  An answer has no name where vLLM's server could not carry a
+    verdict: beam search, whose steps are requests of their own, and echoes with log probabilities.
 
     Raises:
         ApiError: 400: a header or a member that cannot be right.
     """
-    told = any(name.startswith("x-slo-") for name in headers)
-    if not told and b'"slo"' not in body and TRACE.encode() not in body:
-        return None
     try:
         decoded = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
-        return None  # vLLM says what is wrong with it
+    except (msgspec.MsgspecError, RecursionError):
+        return body  # vLLM says what is wrong with it
     if not isinstance(decoded, dict):
-        return None
+        return body
     slo = decoded.pop("slo", None)
     if not isinstance(slo, dict | None):
         raise invalid("slo", f'slo is {slo!r}; it must be an object such as {{"ttft_ms": 500}}')
     given = _promise(headers, slo or {}, classes)
     if TRACE in decoded:
         given[TRACE] = decoded.pop(TRACE)
-    if not given:
-        return msgspec.json.encode(decoded) if slo is not None else None
     more = decoded.get(XARGS) or {}
     if not isinstance(more, dict):
-        return None  # likewise
+        return body  # likewise
     for name in given.keys() & more.keys():
         if given[name] != more[name]:
             msg = f"{XARGS}.{name} is {more[name]!r}, but the promise says {given[name]!r}"
             raise invalid(f"{XARGS}.{name}", f"{msg}; they must not differ")
+    if not (decoded.get("use_beam_search") or (decoded.get("echo") and decoded.get("logprobs"))):
+        given[ANSWER] = answer
     return msgspec.json.encode({**decoded, XARGS: {**more, **given}})
 
 
@@ -133,12 +132,6 @@ def _classes(scope: Scope) -> Mapping[str, SLOClass]:
     """The classes that the scheduler was told of."""
     config = scope["app"].state.vllm_config
     return read(config.additional_config).slo
-
-
-def _resized(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    size = str(length).encode()
-    kept = [(n, v) for n, v in headers if n not in {b"content-length", b"transfer-encoding"}]
-    return [*kept, (b"content-length", size)]
 
 
 async def _whole(receive: Receive) -> bytes | None:

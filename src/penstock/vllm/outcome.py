@@ -71,7 +71,7 @@ class Answer:
             return
         error = _error_of(self._held)
         if error is not None:
-            await self._refuse(error)
+            await self.refuse(error)
             return
         assert self._start is not None
         await self._send(self._start)
@@ -108,9 +108,10 @@ class Answer:
             await self._pass_on(ahead + error.event(), more=False)
             self._over.set()
         else:
-            await self._refuse(error)
+            await self.refuse(error)
 
-    async def _refuse(self, error: ApiError) -> None:
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error, whatever the application says from now on."""
         self._over.set()
         await error_response(error)({"type": "http"}, _nothing, self._send)
 

@@ -19,7 +19,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.engine import FinishReason as VllmFinish
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.version import __version__ as vllm_version
@@ -37,11 +36,13 @@ from penstock.core.types import (
     StepResult,
 )
 from penstock.vllm.blocks import BlockTables
-from penstock.vllm.intake import UnservableError, as_core, promise_of
+from penstock.vllm.intake import UnservableError, answer_of, as_core, promise_of
+from penstock.vllm.last_word import last_word
 from penstock.vllm.memory import KVFacade
 from penstock.vllm.pausing import Door
 from penstock.vllm.queue import WaitingSet
 from penstock.vllm.settings import PluginConfig, read
+from penstock.vllm.siblings import Siblings
 from penstock.vllm.support import TESTED, capabilities_of, check_supported
 from penstock.vllm.tally import Tally
 from penstock.vllm.traced import LengthsOfTrace, trace_length_of
@@ -89,12 +90,14 @@ class Scheduler(AsyncScheduler):
         if self.settings.metrics_port is not None:
             self.tally.serve(self.settings.metrics_port)
         self._trace = LengthsOfTrace()
+        self._siblings = Siblings()
         self._flights: deque[_Flight] = deque()
         self._collected = self._now = 0.0
         # Ended at Penstock's word; told with the next step's outputs.
-        self._verdicts: list[tuple[Request, Verdict]] = []
+        self._verdicts: list[tuple[int, EngineCoreOutput]] = []
         # Ended by themselves in the step being collected: keys of full blocks, or a fault.
         self._stopped: dict[RequestId, tuple[PrefixKey, ...]] = {}
+        self._capped: dict[RequestId, tuple[PrefixKey, ...]] = {}
         self._failed: dict[RequestId, str] = {}
         self._say_hello()
 
@@ -136,9 +139,9 @@ class Scheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if flight.number is not None:
             seconds = now - max(flight.began, self._collected)
-            stopped, failed = self._stopped, self._failed
-            self._stopped, self._failed = {}, {}
-            self.core.confirm(StepResult(flight.number, seconds, {}, stopped, failed))
+            stopped, failed, capped = self._stopped, self._failed, self._capped
+            self._stopped, self._failed, self._capped = {}, {}, {}
+            self.core.confirm(StepResult(flight.number, seconds, {}, stopped, failed, 1, capped))
             self._tell(self.core.take_ended())
         self._collected = now
         if (line := self.tally.report(now)) is not None:
@@ -152,7 +155,7 @@ class Scheduler(AsyncScheduler):
         ended: list[Request] = super().finish_requests(request_ids, finished_status)
         for request in ended:
             request_id, sampling = request.request_id, request.sampling_params
-            reason = FinishReason.CANCELLED
+            reason, keys = FinishReason.CANCELLED, self._full_blocks(request)
             if finished_status == RequestStatus.FINISHED_ERROR:
                 reason = FinishReason.FAILED
                 self.tally.judged(request_id, "failed")
@@ -162,7 +165,7 @@ class Scheduler(AsyncScheduler):
                 self.tally.served(request_id)
             else:
                 self.tally.left(request_id)
-            self.core.cancel(request_id, reason)
+            self.core.cancel(request_id, reason, keys=keys)
         return ended
 
     def set_pause_state(self, pause_state: PauseState) -> None:
@@ -177,12 +180,19 @@ class Scheduler(AsyncScheduler):
     ) -> bool:
         """Forget the prefix cache; False, and nothing done, while a request holds KV memory.
 
+        Args:
+            reset_running_requests: evict them first; they compute everything again.
+            reset_connector: vLLM's; there is none.
+
         Raises:
-            RuntimeError: running requests were to be preempted for it.
+            RuntimeError: they were to be evicted while a step is in flight.
         """
         if reset_running_requests:
-            msg = "penstock.vllm.Scheduler cannot preempt running requests to reset the cache"
-            raise RuntimeError(msg)
+            if not self.core.evict_all(time.monotonic()):
+                msg = "the prefix cache cannot be reset with running requests in mid-step"
+                raise RuntimeError(msg)
+            # They may run again in the very next step: workers need their whole texts then.
+            self.prev_step_scheduled_req_ids.clear()
         return bool(super().reset_prefix_cache(reset_connector=reset_connector))
 
     def explain(self, request_id: str) -> str | None:
@@ -204,32 +214,46 @@ class Scheduler(AsyncScheduler):
         return bool(self._pause_state == PauseState.UNPAUSED)
 
     def _enter(self, request: Request) -> None:
-        """Hand it to the scheduler, or end it with what is wrong."""
-        now = time.monotonic()
+        """Hand it to the scheduler, or end it with what is wrong: it must not end the engine."""
         try:
-            promise = promise_of(request, self.settings.slo)
-            length = trace_length_of(request) if self.settings.bench.trace_lengths else None
-            arrival = now - max(0.0, time.time() - request.arrival_time)
-            one = as_core(
-                request, promise, arrival,
-                max_model_len=self.max_model_len, block_size=self.block_size,
-            )  # fmt: skip
-            self.core.validate(one)
+            verdict = self._refused(request)
         except UnservableError as error:
-            self._end(request, Verdict("invalid", str(error), error.param))
-            return
+            verdict = Verdict("invalid", str(error), error.param)
         except RequestError as error:
-            self._end(request, Verdict("invalid", str(error), error.field))
-            return
+            verdict = Verdict("invalid", str(error), error.field)
+        except Exception as error:
+            logger.exception("Penstock cannot take request %s", request.request_id)
+            verdict = Verdict("failed", f"the scheduler cannot take it: {error}")
+        if verdict is not None:
+            self._end(request, verdict)
+
+    def _refused(self, request: Request) -> Verdict | None:
+        """Let it wait, or say why it may not.
+
+        Raises:
+            UnservableError, RequestError: it can never be served.
+        """
+        now = time.monotonic()
+        request_id = request.request_id
+        over = self._siblings.join(request_id, answer) if (answer := answer_of(request)) else None
+        promise = promise_of(request, self.settings.slo)
+        length = trace_length_of(request) if self.settings.bench.trace_lengths else None
+        arrival = now - max(0.0, time.time() - request.arrival_time)
+        one = as_core(
+            request, promise, arrival,
+            max_model_len=self.max_model_len, block_size=self.block_size,
+        )  # fmt: skip
+        self.core.validate(one)
+        self.tally.taken(request_id, promise, arrival)
+        if over is not None:
+            return over
         refusal = gate(self.core.stats(now).load, one, self.settings.admission.limits)
         if refusal is not None:
-            self.tally.taken(request.request_id, promise, arrival)
-            self._end(request, Verdict.of_refusal(refusal))
-            return
+            return Verdict.of_refusal(refusal)
         if length is not None:
             self._trace.add(request, length)
-        self.tally.taken(request.request_id, promise, arrival)
         self.core.enter(one, length)
+        return None
 
     def _tell(self, ended: Iterable[Ended]) -> None:
         """End for vLLM those whom Penstock's scheduler ended, and vLLM does not know of it."""
@@ -239,28 +263,28 @@ class Scheduler(AsyncScheduler):
                 self._end(request, Verdict.of_end(end))
 
     def _end(self, request: Request, verdict: Verdict) -> None:
-        self.tally.judged(request.request_id, verdict.kind)
-        super().finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
-        self._verdicts.append((request, verdict))
+        """End it, and all who belong to the same answer."""
+        others = self._siblings.end(request.request_id, verdict)
+        for one in [request, *(self.requests[other] for other in others)]:
+            told = self._siblings.told(one.request_id)
+            self.tally.judged(one.request_id, verdict.kind)
+            self.core.cancel(one.request_id)
+            super().finish_requests(one.request_id, RequestStatus.FINISHED_ABORTED)
+            self._verdicts.append(last_word(one, verdict, told=told))
 
     def _with_verdicts(self, outputs: dict[int, EngineCoreOutputs]) -> dict[int, EngineCoreOutputs]:
         verdicts, self._verdicts = self._verdicts, []
-        for request, verdict in verdicts:
-            if request.client_index not in outputs:
-                outputs[request.client_index] = EngineCoreOutputs(outputs=[])
-            # A stream leaves out what brings no token before its first one.
-            tokens = [] if request.num_output_tokens else [_filler(request)]
-            outputs[request.client_index].outputs.append(
-                EngineCoreOutput(
-                    request.request_id,
-                    tokens,
-                    finish_reason=VllmFinish.ABORT,
-                    stop_reason=verdict.encode(),
-                    events=request.take_events(),
-                    trace_headers=request.trace_headers,
-                )
-            )
+        for client, word in verdicts:
+            if client not in outputs:
+                outputs[client] = EngineCoreOutputs(outputs=[])
+            outputs[client].outputs.append(word)
         return outputs
+
+    def _full_blocks(self, request: Request) -> tuple[PrefixKey, ...]:
+        """Keys of its full blocks, once all that is planned of it has run."""
+        # The KV of the last token is never computed, unless a step too many was planned.
+        computed = min(request.num_tokens - 1, request.num_computed_tokens)
+        return tuple(request.block_hashes[: computed // self.block_size])
 
     def _update_request_with_output(
         self,
@@ -274,18 +298,21 @@ class Scheduler(AsyncScheduler):
 
     def _handle_stopped_request(self, request: Request) -> bool:
         """Note how it ended: a cap is no news to Penstock's scheduler, all else is."""
+        request_id = request.request_id
         if request.status == RequestStatus.FINISHED_ERROR:
-            self._failed[request.request_id] = "its grammar did not take its token"
-            self.tally.judged(request.request_id, "failed")
-        elif request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
-            full = (request.num_tokens - 1) // self.block_size  # the last token has no KV
-            self._stopped[request.request_id] = tuple(request.block_hashes[:full])
-        self.tally.served(request.request_id)
+            self._failed[request_id] = "its grammar did not take its token"
+            self.tally.judged(request_id, "failed")
+        elif request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
+            self._capped[request_id] = self._full_blocks(request)
+        else:
+            self._stopped[request_id] = self._full_blocks(request)
+        self.tally.served(request_id)
         return bool(super()._handle_stopped_request(request))
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         self._wording.forget(request)
         self._trace.forget(request)
+        self._siblings.forget(request.request_id)
         return super()._free_request(request, delay_free_blocks)
 
     def _model_name(self) -> str:
@@ -319,10 +346,3 @@ def _policy(settings: PluginConfig, *, priority: bool) -> Policy:
     order = chosen.order or ("priority" if priority else None)
     parameters: dict[str, Any] = dict(chosen.parameters)
     return presets.build(chosen.preset, seed=chosen.seed, order=order, **parameters)
-
-
-def _filler(request: Request) -> int:
-    """A token that has no text, where the model has one."""
-    sampling = request.sampling_params
-    end = None if sampling is None else sampling.eos_token_id
-    return 0 if end is None else int(end)

@@ -55,6 +55,10 @@ def _of_flags(config: VllmConfig) -> Iterator[str]:
         yield "--kv-transfer-config is not supported"
     if config.ec_transfer_config is not None:
         yield "--ec-transfer-config is not supported"
+    if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
+        yield "--kv-events-config is not supported: no events would be published"
+    if getattr(getattr(config, "aux_output_config", None), "enabled", False):
+        yield "--enable-return-routed-experts is not supported"
     for name in ("pipeline", "decode_context", "prefill_context", "data"):
         if (size := getattr(parallel, f"{name}_parallel_size")) > 1:
             yield f"--{name.replace('_', '-')}-parallel-size is {size}; it must be 1"

@@ -85,7 +85,8 @@ class Wording:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = cached
         self._entering.add(start.id)
-        scheduler.kv_cache_manager.record(request, cached)
+        if scheduler.cache_config.enable_prefix_caching and not request.skip_reading_prefix_cache:
+            scheduler.kv_cache_manager.record(request, cached)
         if request.prefill_stats is not None and not request.num_preemptions:
             request.prefill_stats.set(request.num_tokens, cached, 0)
         if scheduler.log_stats:
