@@ -447,3 +447,31 @@ def test_prefixes_are_forgotten_while_nobody_holds_them() -> None:
     assert set(plan.forget) == set(keys), "the engine is told"
     assert plan.starts[0].cached == ()
     hand.finish()
+
+
+def test_blocks_of_a_capped_answer_stay_where_the_engine_names_them() -> None:
+    scheduler = Scheduler(capabilities(prefix_cache=True), presets.build("vllm"))
+    scheduler.add(Request("a", 7, 1, 0.0))
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    scheduler.confirm(StepResult(plan.number, 0.1, {}, {}, capped={"a": (b"block",)}))
+    drop = scheduler.plan(0.0)
+    assert drop is not None
+    assert drop.drops[0].publish == ((0, b"block"),)
+    assert scheduler.stats(0.0).kv_idle == 1
+
+
+def test_everybody_may_be_evicted_between_steps_and_begins_again() -> None:
+    hand = Hand(capabilities(), "vllm")
+    for name in ("a", "b"):
+        hand.add(name, 5, 6)
+    hand.step()
+    hand.step()
+    scheduler = hand.scheduler
+    assert scheduler.evict_all(0.0)
+    assert scheduler.stats(0.0).kv_used == 0
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert {drop.id for drop in plan.drops} == {"a", "b"}
+    assert {start.id for start in plan.starts} == {"a", "b"}
+    assert not scheduler.evict_all(0.0), "a plan is in flight"
