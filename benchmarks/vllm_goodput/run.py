@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,12 +24,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
-import httpx
 
 from penstock.bench.client import Target
 from penstock.bench.drive import Rules
 from penstock.bench.fitted import fitted
-from penstock.bench.local import revision
+from penstock.bench.local import free_port, revision, running
 from penstock.bench.measure import Load, Measurement, run
 from penstock.bench.prompts import Prompts
 from penstock.bench.result import Result, machine
@@ -64,7 +59,6 @@ class Setting:
     history: float
     warmup: float
     seconds: float
-    port: int = 8377
 
 
 def flags(side: str) -> list[str]:
@@ -89,39 +83,12 @@ def flags(side: str) -> list[str]:
 @contextmanager
 def served(setting: Setting, side: str) -> Iterator[str]:
     """A server of this side; yields its address."""
-    url = f"http://127.0.0.1:{setting.port}"
-    command = [setting.python, *flags(side), "--host", "127.0.0.1", "--port", str(setting.port)]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [setting.python, *flags(side), "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            _wait(process, url)
-            yield url
-        except BaseException:
-            said.seek(0)
-            sys.stderr.write(said.read()[-3000:])
-            raise
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str) -> None:
-    end = time.monotonic() + 180
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            if httpx.get(f"{url}/health", timeout=1.0).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.25)
-    msg = "vLLM did not start"
-    raise RuntimeError(msg)
+    with running(f"vLLM ({side})", command, environment, f"{url}/health", 180):
+        yield url
 
 
 def press(url: str, load: Load, slo: SLO, seed: int) -> Result:

@@ -113,7 +113,7 @@ def test_evictions_are_vllms_preemptions() -> None:
     assert all(loop.texts[f"r{i}"] == text_of([10 + i, 11, 12], 60) for i in range(6))
 
 
-def test_forecast_admission_evicts_nobody_where_the_watermark_does() -> None:
+def test_reserving_evicts_nobody_where_the_watermark_does() -> None:
     evictions = {}
     for name in ("vllm", "tgi"):
         loop = Loop(preset(name), blocks=24)
@@ -264,7 +264,7 @@ def test_what_the_plug_in_did_not_think_of_ends_one_request_only() -> None:
     assert loop.texts["b"] == text_of([5, 6], 3)
 
 
-def test_a_salt_keeps_caches_apart_and_prompt_logprobs_compute_everything() -> None:
+def test_prompt_logprobs_compute_everything() -> None:
     prompt = list(range(40, 60))
     loop = Loop()
     loop.add("a", prompt, 4)
@@ -272,7 +272,8 @@ def test_a_salt_keeps_caches_apart_and_prompt_logprobs_compute_everything() -> N
     whole = loop.add("b", prompt, 4, prompt_logprobs=1)
     loop.step()
     assert whole.num_computed_tokens == len(prompt)
-    assert loop.scheduler.make_stats().prefix_cache_stats.hits == 0
+    stats = loop.scheduler.make_stats().prefix_cache_stats  # of this step alone
+    assert (stats.queries, stats.hits) == (0, 0)
     loop.run()
 
 
@@ -468,15 +469,3 @@ def test_the_hook_works_in_vllms_own_scheduler() -> None:
         pass
     assert loop.texts["a"] == text_of([5, 6, 7], 17)
     assert loop.ends["a"].finish_reason is FinishReason.STOP
-
-
-def test_explanations_say_where_a_request_stands() -> None:
-    loop = Loop(preset("tgi"), blocks=26)
-    loop.add("first", [5, 6], 80)
-    loop.add("second", [7, 8], 80)
-    for _ in range(4):
-        loop.step()
-    assert "output tokens" in loop.scheduler.explain("first")
-    assert "waiting" in loop.scheduler.explain("second")
-    assert loop.scheduler.explain("nobody") is None
-    loop.run()

@@ -21,10 +21,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
+import httpx
 import openai
 
+from penstock.bench.local import free_port
 from tests.vllm.engine import DEMO
-from tests.vllm.ports import free_port
 
 SETTINGS = {
     "scheduler": {"preset": "vllm"},
@@ -53,6 +54,7 @@ class Served:
             "--block-size", "32", "--num-gpu-blocks-override", "25", *more, *flags,
         ]  # fmt: skip
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        environment["VLLM_SERVER_DEV_MODE"] = "1"  # for its routes that pause
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT
@@ -245,3 +247,50 @@ async def test_what_the_plug_in_does_not_serve_is_refused_at_start(tmp_path: Pat
         Served(log, "--long-prefill-token-threshold", "16", settings=SETTINGS)
     told = "penstock.vllm.Scheduler: --long-prefill-token-threshold is not supported"
     assert told in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+async def test_vllms_pause_works_and_what_waits_meanwhile_is_served(
+    served: Served, mode: str
+) -> None:
+    url = f"http://127.0.0.1:{served.port}"
+    async with served.client() as client, httpx.AsyncClient(base_url=url, timeout=30) as admin:
+        body = {"ignore_eos": True}
+        inside = asyncio.create_task(complete(client, "Once", 60, extra_body=body))
+        await asyncio.sleep(0.1)
+        assert (await admin.post("/pause", params={"mode": mode})).status_code == 200
+        outside = asyncio.create_task(complete(client, "Twice", 5, extra_body=body))
+        await asyncio.sleep(0.3)
+        assert not outside.done()
+        assert (await admin.post("/resume")).status_code == 200
+        assert (await outside).choices[0].finish_reason == "length"
+        reason = (await inside).choices[0].finish_reason
+        assert reason in ({"abort", "length"} if mode == "abort" else {"length"})
+
+
+def test_offline_requests_are_told_why(tmp_path: Path) -> None:
+    script = tmp_path / "offline.py"
+    script.write_text(
+        f"""
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    settings = {{"slo": {{"strict": {{"ttft": 0.0001, "on_miss": "expire"}}}}}}
+    llm = LLM(
+        {str(DEMO)!r}, enforce_eager=True, dtype="float32", max_model_len=512, max_num_seqs=8,
+        max_num_batched_tokens=64, num_gpu_blocks_override=25, block_size=32,
+        scheduler_cls="penstock.vllm.Scheduler", additional_config={{"penstock": settings}},
+    )
+    strict = SamplingParams(max_tokens=5, extra_args={{"slo_class": "strict"}})
+    for answer in llm.generate(["Once", "Twice"], [SamplingParams(max_tokens=5), strict]):
+        print("END", answer.outputs[0].finish_reason, answer.outputs[0].stop_reason)
+""",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    ends = [line for line in done.stdout.splitlines() if line.startswith("END")]
+    assert ends[0].split()[1] in {"length", "stop"}
+    assert ends[1].startswith("END error penstock: expired: the ttft promise")

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from urllib.request import urlopen
 
+from penstock.bench.local import free_port
 from penstock.core.stats import Stats
 from penstock.core.types import SLO, OnMiss
 from penstock.server.slo import Promise
 from penstock.vllm.tally import Tally
-from tests.vllm.ports import free_port
 
 
 def promise(**bounds: float) -> Promise:

@@ -80,22 +80,8 @@ def latency_of(timeline: Timeline) -> Latency:
 
 
 def misses(latency: Latency, slo: SLO) -> tuple[str, ...]:
-    """The bounds that a completed attempt broke, in the order ttft, tpot, gap, e2e.
-
-    A bound on something the attempt does not have (the gap of a single token)
-    is kept, except TTFT: no first token means that its bound is broken.
-    """
-    broken = []
-    for name in BOUNDS:
-        bound, value = getattr(slo, name), getattr(latency, name)
-        if bound is None:
-            continue
-        if value is None:
-            if name in {"ttft", "e2e"}:
-                broken.append(name)
-        elif value > bound:
-            broken.append(name)
-    return tuple(broken)
+    """The bounds that a completed attempt broke: :meth:`~penstock.core.types.SLO.broken`."""
+    return slo.broken(*latency)
 
 
 class End(StrEnum):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -33,30 +33,48 @@ def serve(arguments: Sequence[str], *, timeout: float = 120.0) -> Iterator[str]:
     Raises:
         ServeError: it ended or was not ready within ``timeout`` seconds.
     """
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "penstock.cli", "serve", *arguments]
     command += ["--port", str(port), "--drain-seconds", "0"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PENSTOCK_")}
+    with running("penstock serve", command, environment, f"{url}/ready", timeout):
+        yield url
+
+
+@contextmanager
+def running(
+    name: str, command: Sequence[str], environment: Mapping[str, str], ready: str, timeout: float
+) -> Iterator[None]:
+    """Run a server from when the address ``ready`` answers well.
+
+    Args:
+        name: what a message calls it.
+
+    Raises:
+        ServeError: it ended or was not ready within ``timeout`` seconds.
+    """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = subprocess.Popen(
             command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env=environment,
         )  # fmt: skip
         try:
-            _wait(process, url, timeout, said)
-            yield url
+            _wait(name, process, ready, timeout, said)
+            yield
         finally:
             _stop(process)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, timeout: float, said: IO[str]) -> None:
+def _wait(
+    name: str, process: subprocess.Popen[bytes], ready: str, timeout: float, said: IO[str]
+) -> None:
     limit = time.monotonic() + timeout
     while time.monotonic() < limit:
         if process.poll() is not None:
             break
         try:
-            if httpx.get(f"{url}/ready", timeout=1.0).is_success:
+            if httpx.get(ready, timeout=1.0).is_success:
                 return
         except httpx.TransportError:
             pass
@@ -64,7 +82,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, timeout: float, said: IO[s
     state = "was not ready in time" if process.poll() is None else f"ended ({process.returncode})"
     said.seek(0)
     last = "\n".join(said.read().splitlines()[-15:])
-    msg = f"penstock serve {state}; it said:\n{last}"
+    msg = f"{name} {state}; it said:\n{last}"
     raise ServeError(msg)
 
 
@@ -78,7 +96,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

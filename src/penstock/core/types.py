@@ -75,6 +75,24 @@ class SLO:
                 msg = f"slo.{name} is {value!r}; it must be a positive number of seconds"
                 raise ValueError(msg)
 
+    def broken(
+        self, ttft: float | None, tpot: float | None, gap: float | None, e2e: float | None
+    ) -> tuple[str, ...]:
+        """The bounds that an answer with these latencies broke, in this order.
+
+        A bound on something it does not have (None: the gap of a single token) is kept, except
+        that without a token those of ``ttft`` and ``e2e`` are broken.
+        """
+        had = (("ttft", ttft), ("tpot", tpot), ("gap", gap), ("e2e", e2e))
+        broken = []
+        for name, value in had:
+            bound = getattr(self, name)
+            if bound is None:
+                continue
+            if value > bound if value is not None else name in {"ttft", "e2e"}:
+                broken.append(name)
+        return tuple(broken)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -195,13 +195,9 @@ def met(choice: Choice) -> bool:
         return False
     slo, times = choice.promise.slo, choice.times
     if not choice.tokens:
-        return slo.ttft is None and slo.e2e is None
-    return (
-        (slo.ttft is None or times.first - times.arrival <= slo.ttft)
-        and (slo.tpot is None or time_per_token(choice) <= slo.tpot)
-        and (slo.gap is None or times.longest_gap <= slo.gap)
-        and (slo.e2e is None or times.last - times.arrival <= slo.e2e)
-    )
+        return not slo.broken(None, None, None, None)
+    ttft, e2e = times.first - times.arrival, times.last - times.arrival
+    return not slo.broken(ttft, time_per_token(choice), times.longest_gap, e2e)
 
 
 def time_per_token(choice: Choice) -> float:

@@ -25,7 +25,10 @@ _TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.
          2.5, 5)  # fmt: skip
 _E2E = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 _STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_PLANNING = (0.00001, 0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
+PLANNING_BUCKETS = (
+    0.00001, 0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1,
+)  # fmt: skip
+"""Seconds that a step's planning may take."""
 _WINDOW = 10.0
 
 
@@ -132,7 +135,7 @@ class Metrics:
         )
         self.step_seconds = self._histogram("step_seconds", "Duration of a step.", _STEP)
         self.planning_seconds = self._histogram(
-            "planning_seconds", "What planning took, per step.", _PLANNING
+            "planning_seconds", "What planning took, per step.", PLANNING_BUCKETS
         )
 
     # -- what happens ----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 For ``--middleware penstock.vllm.Middleware``.  On the way in, ``x-slo-...`` headers and the body's
 ``slo`` become members of ``vllm_xargs``, which reach the scheduler.  On the way out, an answer that
 the scheduler ended (:mod:`penstock.vllm.verdict`) becomes the status that it deserves: 429 with
-``Retry-After``, 504, 400; or, once a stream has begun, an error event.  All else passes untouched.
+``Retry-After``, 504, 400; or, once a stream has begun, an error event.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Middleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._classes: Mapping[str, SLOClass] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -42,8 +43,10 @@ class Middleware:
         if not ours or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
             return
+        if self._classes is None:  # vLLM's configuration is known by now
+            self._classes = read(scope["app"].state.vllm_config.additional_config).slo
         answer = Answer(send)
-        await self._app(scope, _Intake(scope, receive, answer), answer)
+        await self._app(scope, _Intake(scope, receive, answer, self._classes), answer)
 
 
 class _Intake:
@@ -52,8 +55,15 @@ class _Intake:
     The body is read when the application asks for it, so that whoever has no key costs nothing.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, answer: Answer) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        answer: Answer,
+        classes: Mapping[str, SLOClass],
+    ) -> None:
         self._scope = scope
+        self._classes = classes
         self._receive = receive
         self._answer = answer
         self._read = False
@@ -67,7 +77,7 @@ class _Intake:
             return {"type": "http.disconnect"}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self._scope["headers"]}
         try:
-            body = with_promise(headers, body, _classes(self._scope), uuid4().hex)
+            body = with_promise(headers, body, self._classes, uuid4().hex)
         except ApiError as error:
             await self._answer.refuse(error)
             return {"type": "http.disconnect"}
@@ -126,12 +136,6 @@ def _promise(
         if value is not None:
             given[argument] = promise.slo_class if name == "class" else float(value)
     return given
-
-
-def _classes(scope: Scope) -> Mapping[str, SLOClass]:
-    """The classes that the scheduler was told of."""
-    config = scope["app"].state.vllm_config
-    return read(config.additional_config).slo
 
 
 async def _whole(receive: Receive) -> bytes | None:

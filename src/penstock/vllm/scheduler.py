@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -45,12 +44,11 @@ from penstock.vllm.settings import PluginConfig, read
 from penstock.vllm.siblings import Siblings
 from penstock.vllm.support import TESTED, capabilities_of, check_supported
 from penstock.vllm.tally import Tally
-from penstock.vllm.traced import LengthsOfTrace, trace_length_of
+from penstock.vllm.traced import EndsAtLength, trace_length_of
 from penstock.vllm.verdict import Verdict
 from penstock.vllm.wording import Wording
 
 logger = init_logger("vllm.penstock")
-_OWN_ENDS = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 
 
 class _Flight(NamedTuple):
@@ -61,7 +59,7 @@ class _Flight(NamedTuple):
     began: float
 
 
-class Scheduler(AsyncScheduler):
+class Scheduler(EndsAtLength):
     """What to name after ``--scheduler-cls``; takes what vLLM's schedulers take.
 
     Raises:
@@ -89,7 +87,6 @@ class Scheduler(AsyncScheduler):
         self.tally = Tally(self._model_name(), time.monotonic())
         if self.settings.metrics_port is not None:
             self.tally.serve(self.settings.metrics_port)
-        self._trace = LengthsOfTrace()
         self._siblings = Siblings()
         self._flights: deque[_Flight] = deque()
         self._collected = self._now = 0.0
@@ -118,7 +115,8 @@ class Scheduler(AsyncScheduler):
         self._let_in_compiled()
         began = time.monotonic()
         plan = self.core.plan(began) if self._may_plan(began) else None
-        self.tally.step(self.core.stats(began), time.monotonic() - began)
+        planning = time.monotonic() - began
+        self.tally.step(self.core.stats(began), planning)
         # Before the plan is carried out: none of them is in it.
         self._tell(self.core.take_ended())
         self.core.take_forgotten()
@@ -195,10 +193,6 @@ class Scheduler(AsyncScheduler):
             self.prev_step_scheduled_req_ids.clear()
         return bool(super().reset_prefix_cache(reset_connector=reset_connector))
 
-    def explain(self, request_id: str) -> str | None:
-        """Where a request stands and, if it waits, why; None if there is no such request."""
-        return self.core.explain(request_id)
-
     def _let_in_compiled(self) -> None:
         """Hand over those whose grammar is ready."""
         waiting = self.deferred_waiting
@@ -251,7 +245,7 @@ class Scheduler(AsyncScheduler):
         if refusal is not None:
             return Verdict.of_refusal(refusal)
         if length is not None:
-            self._trace.add(request, length)
+            self._end_at(request, length)
         self.core.enter(one, length)
         return None
 
@@ -292,9 +286,8 @@ class Scheduler(AsyncScheduler):
         new_token_ids: list[int],
         is_stale: bool = False,
     ) -> tuple[list[int], bool]:
-        new, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
         self.tally.token(request.request_id, self._now)
-        return new, stopped or self._trace.ends(request)
+        return super()._update_request_with_output(request, new_token_ids, is_stale)
 
     def _handle_stopped_request(self, request: Request) -> bool:
         """Note how it ended: a cap is no news to Penstock's scheduler, all else is."""
@@ -311,7 +304,6 @@ class Scheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         self._wording.forget(request)
-        self._trace.forget(request)
         self._siblings.forget(request.request_id)
         return super()._free_request(request, delay_free_blocks)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from penstock.core.stats import Stats
-from penstock.core.types import SLO, RequestId
+from penstock.core.types import RequestId
+from penstock.server.metrics import PLANNING_BUCKETS
 from penstock.server.slo import DEFAULT_CLASS, Promise
 from penstock.vllm.verdict import Kind
 
-_PLANNING = (0.00001, 0.00002, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
 _REPORT_SECONDS = 10.0
 
 
@@ -42,16 +42,11 @@ class _Open:
 
     def kept(self) -> bool:
         """Whether every bound was."""
-        slo: SLO = self.promise.slo
+        slo = self.promise.slo
         if not self.tokens:
-            return slo.ttft is None and slo.e2e is None
-        after = max(1, self.tokens - 1)
-        return (
-            (slo.ttft is None or self.first - self.arrival <= slo.ttft)
-            and (slo.tpot is None or (self.latest - self.first) / after <= slo.tpot)
-            and (slo.gap is None or self.gap <= slo.gap)
-            and (slo.e2e is None or self.latest - self.arrival <= slo.e2e)
-        )
+            return not slo.broken(None, None, None, None)
+        tpot = (self.latest - self.first) / max(1, self.tokens - 1)
+        return not slo.broken(self.first - self.arrival, tpot, self.gap, self.latest - self.arrival)
 
 
 class Tally:
@@ -102,7 +97,7 @@ class Tally:
         ).labels(self._model)  # fmt: skip
         self._planning = Histogram(
             "penstock:planning_seconds", "What planning took, per step.",
-            one, registry=registry, buckets=_PLANNING,
+            one, registry=registry, buckets=PLANNING_BUCKETS,
         ).labels(self._model)  # fmt: skip
 
     def serve(self, port: int) -> None:

@@ -27,46 +27,20 @@ def trace_length_of(request: Request) -> int | None:
     raise UnservableError(f"vllm_xargs.{TRACE}", msg)
 
 
-class LengthsOfTrace:
-    """Ends requests at the length they were given."""
+class EndsAtLength(AsyncScheduler):
+    """vLLM's scheduler, in which requests can be told their output lengths."""
 
-    def __init__(self) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
         self._lengths: dict[str, int] = {}
 
-    def add(self, request: Request, length: int) -> None:
+    def _end_at(self, request: Request, length: int) -> None:
         """From now on it ends there and, its cap aside, nowhere else."""
         self._lengths[request.request_id] = length
         sampling = request.sampling_params
         sampling.stop_token_ids = []
         sampling.ignore_eos = True
         sampling._eos_token_id = None  # noqa: SLF001
-
-    def forget(self, request: Request) -> None:
-        """It has ended."""
-        self._lengths.pop(request.request_id, None)
-
-    def ends(self, request: Request) -> bool:
-        """Whether its newest token is its last; if so, its status says so."""
-        length = self._lengths.get(request.request_id)
-        if length is None or request.num_output_tokens < length:
-            return False
-        request.status = RequestStatus.FINISHED_STOPPED
-        return True
-
-
-class TracedScheduler(AsyncScheduler):
-    """vLLM's scheduler with output lengths from a trace."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self._trace = LengthsOfTrace()
-
-    def add_request(self, request: Request) -> None:
-        """Take a request in, and its length."""
-        length = trace_length_of(request)
-        if length is not None:
-            self._trace.add(request, length)
-        super().add_request(request)
 
     def _update_request_with_output(
         self,
@@ -75,8 +49,23 @@ class TracedScheduler(AsyncScheduler):
         is_stale: bool = False,
     ) -> tuple[list[int], bool]:
         new, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
-        return new, stopped or self._trace.ends(request)
+        length = self._lengths.get(request.request_id)
+        if length is not None and request.num_output_tokens >= length:
+            request.status = RequestStatus.FINISHED_STOPPED
+            stopped = True
+        return new, stopped
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> object:
-        self._trace.forget(request)
+        self._lengths.pop(request.request_id, None)
         return super()._free_request(request, delay_free_blocks)
+
+
+class TracedScheduler(EndsAtLength):
+    """vLLM's own scheduler with output lengths from a trace."""
+
+    def add_request(self, request: Request) -> None:
+        """Take a request in, and its length."""
+        length = trace_length_of(request)
+        if length is not None:
+            self._end_at(request, length)
+        super().add_request(request)
