@@ -191,7 +191,7 @@ def main(
         **machine(),
         "step_seconds": step,
         "slo": {"ttft": slo.ttft, "gap": slo.gap},
-        "flags": flags("past-future"),
+        "flags": [word.replace(f"{ROOT}/", "") for word in flags("past-future")],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
