@@ -1,16 +1,20 @@
-"""The middleware before an application that answers as vLLM does."""
+"""The middleware before an application that asks an engine and answers as vLLM's does."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import uvicorn
 
+from penstock.bench.local import free_port
 from penstock.vllm.middleware import Middleware
 from penstock.vllm.verdict import Verdict
 
@@ -18,40 +22,54 @@ EXPIRED = Verdict("expired", "the ttft promise of 0.5 s was missed").encode()
 REFUSED = Verdict("refused", "8 requests wait", "", "max_waiting", 2.5, 3).encode()
 JSON = [(b"content-type", b"application/json")]
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
-
-
-def chunk(
-    text: str | None, finish: str | None = None, stop: object = None, *, chat: bool = False
-) -> bytes:
-    said = {"delta": {} if text is None else {"content": text}} if chat else {"text": text or ""}
-    choice = {"index": 0, **said, "finish_reason": finish, "stop_reason": stop}
-    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
-
-
-ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 
 
-CONFIG = SimpleNamespace(additional_config={})
-POST = {
-    "type": "http",
-    "method": "POST",
-    "path": "/v1/completions",
-    "app": SimpleNamespace(state=SimpleNamespace(vllm_config=CONFIG)),
-}
+@dataclass
+class Params:
+    extra_args: dict[str, Any] | None = None
 
 
-class Fake:
-    """An application; ``parts`` are the messages of its answer's body."""
+def output(*tokens: int, finish: str | None = None, stop: object = None) -> Any:
+    one = SimpleNamespace(token_ids=tokens, finish_reason=finish, stop_reason=stop)
+    return SimpleNamespace(outputs=[one])
 
-    def __init__(
-        self, *parts: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] = JSON
-    ) -> None:
-        self.parts, self.status, self.headers = parts, status, headers
-        self.seen: list[dict[str, Any]] = []
-        self.broken_off = False
 
-    async def __call__(self, _scope: Any, receive: Any, send: Any) -> None:
+@dataclass
+class Engine:
+    """vLLM's client of its engine: says the same to everybody."""
+
+    says: list[Any]
+    asked: list[Params] = field(default_factory=list)
+    left: int = 0
+
+    async def generate(self, _prompt: str, params: Params, _name: str) -> AsyncIterator[Any]:
+        self.asked.append(params)
+        try:
+            for one in self.says:
+                await asyncio.sleep(0)
+                yield one
+        except GeneratorExit:
+            self.left += 1
+            raise
+
+
+@dataclass
+class Application:
+    """Answers with what the engine says: whole, or event by event.
+
+    ``first`` is said before the engine is asked; ``breaks``: what a verdict makes of it.
+    """
+
+    streams: bool = False
+    first: tuple[bytes, ...] = ()
+    breaks: type[Exception] | None = None
+    asks: int = 1
+    seen: list[bytes] = field(default_factory=list)
+    shared: Params = field(default_factory=Params)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", True
         while more:
             message = await receive()
@@ -59,24 +77,45 @@ class Fake:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        self.seen.append(body)  # type: ignore[arg-type]
-        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
-        gone = asyncio.ensure_future(receive())
-        for index, part in enumerate(self.parts):
-            last = index == len(self.parts) - 1
-            await send({"type": "http.response.body", "body": part, "more_body": not last})
-            await asyncio.sleep(0)
-        await asyncio.wait([gone], timeout=0.01)
-        self.broken_off = gone.done() and gone.result()["type"] == "http.disconnect"
-        gone.cancel()
+        self.seen.append(body)
+        engine = scope["app"].state.engine_client
+        said = [engine.generate("x", self.shared, f"r{i}") for i in range(self.asks)]
+        await (self._stream if self.streams else self._whole)(said, send)
+
+    async def _whole(self, said: list[Any], send: Any) -> None:
+        answer = []
+        for one in said:
+            async for output in one:
+                answer.append(output.outputs[0].finish_reason)
+                if self.breaks is not None:
+                    raise self.breaks
+        await send({"type": "http.response.start", "status": 200, "headers": JSON})
+        whole = json.dumps(answer).encode()
+        for part in (whole[:3], whole[3:]):
+            await send({"type": "http.response.body", "body": part, "more_body": part == whole[:3]})
+
+    async def _stream(self, said: list[Any], send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+        for part in self.first:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        for one in said:
+            async for output in one:
+                tokens = list(output.outputs[0].token_ids)
+                event = b"data: " + json.dumps(tokens).encode() + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 
 class Client:
     """Sends one request and keeps what comes."""
 
-    def __init__(self, app: Callable[..., Any], plugin: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, app: Callable[..., Any], *says: Any, plugin: dict[str, Any] | None = None
+    ) -> None:
+        self.engine = Engine(list(says) or [output(1, finish="stop")])
         config = SimpleNamespace(additional_config={"penstock": plugin or {}})
-        self._state = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
+        state = SimpleNamespace(vllm_config=config, engine_client=self.engine)
+        self._state = SimpleNamespace(state=state)
         self._app = Middleware(app)
         self.messages: list[Any] = []
 
@@ -91,47 +130,77 @@ class Client:
         ]
 
         async def receive() -> Any:
-            if incoming:
-                return incoming.pop(0)
-            await asyncio.Event().wait()
-            return None
+            return incoming.pop(0)
 
         async def send(message: Any) -> None:
             self.messages.append(message)
 
-        given = [
-            (name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()
-        ]
+        headers = {"content_type": "application/json", **headers}
+        given = [(name.replace("_", "-").encode(), word.encode()) for name, word in headers.items()]
         scope = {
             "type": "http",
             "method": "POST",
             "path": path,
-            "headers": [*given, (b"content-length", str(len(raw)).encode())],
+            "headers": given,
             "app": self._state,
         }
+        self.messages.clear()
         await self._app(scope, receive, send)
         start, *rest = self.messages
+        assert [one.get("more_body", False) for one in rest] == [True] * (len(rest) - 1) + [False]
         body_bytes = b"".join(one["body"] for one in rest)
         return start["status"], dict(start["headers"]), body_bytes
 
-
-ANSWER = json.dumps({"choices": [{"text": "hi", "finish_reason": "stop", "stop_reason": None}]})
-
-
-async def test_the_answer_gets_a_name_and_all_else_stays() -> None:
-    app = Fake(ANSWER.encode())
-    status, _, answer = await Client(app).post({"prompt": "x", "n": 2})
-    assert (status, answer) == (200, ANSWER.encode())
-    seen = json.loads(app.seen[0])  # type: ignore[arg-type]
-    assert len(seen.pop("vllm_xargs")["penstock_answer"]) == 32
-    assert seen == {"prompt": "x", "n": 2}
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the engine was told last, less the answer's name."""
+        told = dict(self.engine.asked[-1].extra_args or {})
+        del told["penstock_answer"]
+        return told
 
 
-@pytest.mark.parametrize("more", [{"use_beam_search": True}, {"echo": True, "logprobs": 1}])
-async def test_where_vllm_could_not_carry_a_verdict_none_is_asked_for(more: dict[str, Any]) -> None:
-    app = Fake(ANSWER.encode())
-    await Client(app).post({"prompt": "x", **more}, x_slo_ttft_ms="5")
-    assert json.loads(app.seen[0])["vllm_xargs"] == {"slo_ttft_ms": 5.0}  # type: ignore[arg-type]
+async def test_a_body_passes_as_it_is_and_its_answer_has_a_name() -> None:
+    app = Application(asks=2, shared=Params({"mine": 1}))
+    client = Client(app)
+    status, _, answer = await client.post({"prompt": "x", "n": 2})
+    assert (status, answer) == (200, b'["stop", "stop"]')
+    assert json.loads(app.seen[0]) == {"prompt": "x", "n": 2}
+    names = [one.extra_args["penstock_answer"] for one in client.engine.asked if one.extra_args]
+    assert len(names) == 2
+    assert names[0] == names[1]
+    assert len(names[0]) == 32
+    assert app.shared.extra_args == {"mine": 1}  # what routes share stays theirs
+    await client.post({})
+    assert client.engine.asked[-1].extra_args["penstock_answer"] != names[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/x"])
+async def test_headers_and_the_slo_member_reach_the_scheduler_by_every_route(path: str) -> None:
+    app = Application(shared=Params({"mine": 1}))
+    client = Client(app, plugin={"slo": {"chat": {"ttft": 1}}})
+    body = {"prompt": "x", "slo": {"ttft_ms": 500}}
+    await client.post(body, path, x_slo_class="chat", x_slo_gap_ms="250")
+    assert client.asked == {
+        "mine": 1, "slo_class": "chat", "slo_ttft_ms": 500.0, "slo_gap_ms": 250.0,
+    }  # fmt: skip
+
+
+async def test_a_body_that_is_no_json_has_headers_all_the_same() -> None:
+    client = Client(Application())
+    await client.post(b"--x", content_type="multipart/form-data", x_slo_e2e_ms="9")
+    assert client.asked == {"slo_e2e_ms": 9.0}
+
+
+async def test_beam_search_has_no_promise() -> None:
+    client = Client(Application())
+    await client.post({"use_beam_search": True}, x_slo_ttft_ms="5")
+    assert client.asked == {}
+
+
+async def test_the_hook_for_benchmarks_goes_along() -> None:
+    client = Client(Application())
+    await client.post({"prompt": "x", "trace_output_tokens": 7})
+    assert client.asked == {"trace_output_tokens": 7}
 
 
 async def test_a_body_is_not_read_before_somebody_wants_it() -> None:
@@ -139,40 +208,8 @@ async def test_a_body_is_not_read_before_somebody_wants_it() -> None:
         await send({"type": "http.response.start", "status": 401, "headers": []})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def never() -> Any:
-        raise AssertionError
-
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {**POST, "headers": []}
-    await Middleware(closed)(scope, never, send)
-    assert sent[0]["status"] == 401
-
-
-async def test_headers_and_the_slo_member_reach_the_scheduler() -> None:
-    app = Fake(ANSWER.encode())
-    client = Client(app, {"slo": {"chat": {"ttft": 1}}})
-    await client.post(
-        {"prompt": "x", "slo": {"ttft_ms": 500}, "vllm_xargs": {"mine": 1}},
-        x_slo_class="chat",
-        x_slo_gap_ms="250",
-    )
-    body = json.loads(app.seen[0])  # type: ignore[arg-type]
-    del body["vllm_xargs"]["penstock_answer"]
-    assert body == {
-        "prompt": "x",
-        "vllm_xargs": {"mine": 1, "slo_class": "chat", "slo_ttft_ms": 500.0, "slo_gap_ms": 250.0},
-    }
-
-
-async def test_the_hook_for_benchmarks_goes_along() -> None:
-    app = Fake(ANSWER.encode())
-    await Client(app).post({"prompt": "x", "trace_output_tokens": 7})
-    body = json.loads(app.seen[0])  # type: ignore[arg-type]
-    assert body["vllm_xargs"]["trace_output_tokens"] == 7
+    status, _, answer = await Client(closed).post(b"", x_slo_ttft_ms="soon")
+    assert (status, answer) == (401, b"")
 
 
 @pytest.mark.parametrize(
@@ -186,37 +223,31 @@ async def test_the_hook_for_benchmarks_goes_along() -> None:
         ({}, {"x_slo_ttft_ms": "soon"}, "x-slo-ttft-ms"),
         ({}, {"x_slo_class": "nobody"}, "x-slo-class"),
         ({"slo": {"ttft_ms": 1}}, {"x_slo_ttft_ms": "2"}, "slo.ttft_ms"),
-        ({"slo": {"ttft_ms": 1}, "vllm_xargs": {"slo_ttft_ms": 2}}, {}, "vllm_xargs.slo_ttft_ms"),
+        ({"slo": {"ttft_ms": 1}}, {}, "vllm_xargs.slo_ttft_ms"),
     ],
 )
-async def test_a_wrong_promise_is_told_before_vllm_hears_of_it(
+async def test_a_wrong_promise_is_told_and_the_engine_never_hears_of_it(
     body: dict[str, object], headers: dict[str, str], param: str
 ) -> None:
-    app = Fake(ANSWER.encode())
-    status, _, answer = await Client(app).post({"prompt": "x", **body}, **headers)
+    more = {"slo_ttft_ms": 2} if param.startswith("vllm") else None
+    client = Client(Application(shared=Params(more)))
+    status, _, answer = await client.post({"prompt": "x", **body}, **headers)
     assert status == 400
     assert json.loads(answer)["error"]["param"] == param
-    assert app.seen == []
+    assert client.engine.asked == []
 
 
-@pytest.mark.parametrize("body", [b"not json", b'["slo"]', b'{"slo":{"ttft_ms":5},"vllm_xargs":3}'])
-async def test_what_is_no_request_is_vllms_to_refuse(body: bytes) -> None:
-    app = Fake(b"{}", status=400)
-    status, _, _ = await Client(app).post(body, x_slo_ttft_ms="5")
-    assert status == 400
-    assert app.seen == [body]
-
-
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/health"])
-async def test_other_paths_are_left_alone(path: str) -> None:
-    app = Fake(ANSWER.encode())
-    await Client(app).post({"slo": "anything"}, path)
-    assert json.loads(app.seen[0]) == {"slo": "anything"}  # type: ignore[arg-type]
+@pytest.mark.parametrize("body", [b"not json", b'["slo"]'])
+async def test_what_is_no_request_asks_for_nothing(body: bytes) -> None:
+    client = Client(Application())
+    status, _, _ = await client.post(body, x_slo_ttft_ms="5")
+    assert status == 200
+    assert client.asked == {"slo_ttft_ms": 5.0}
 
 
 async def test_a_refusal_is_429_with_the_time_to_come_back() -> None:
-    body = json.dumps({"choices": [{"text": "", "finish_reason": "abort", "stop_reason": REFUSED}]})
-    status, headers, answer = await Client(Fake(body[:30].encode(), body[30:].encode())).post({})
+    client = Client(Application(asks=2), output(finish="abort", stop=REFUSED))
+    status, headers, answer = await client.post({})
     assert (status, headers[b"retry-after"]) == (429, b"3")
     error = json.loads(answer)["error"]
     assert (error["code"], error["limit"], error["predicted_wait_s"]) == (
@@ -224,76 +255,178 @@ async def test_a_refusal_is_429_with_the_time_to_come_back() -> None:
     )  # fmt: skip
 
 
-async def test_an_abort_that_is_not_penstocks_passes() -> None:
-    body = json.dumps({"choices": [{"text": "a", "finish_reason": "abort", "stop_reason": None}]})
-    status, _, answer = await Client(Fake(body.encode())).post({})
-    assert (status, answer) == (200, body.encode())
+async def test_an_application_that_stumbles_over_a_verdict_is_answered_for() -> None:
+    client = Client(Application(breaks=AssertionError), output(finish="abort", stop=EXPIRED))
+    status, _, _ = await client.post({})
+    assert status == 504
+    client = Client(Application(breaks=KeyError), output(1, finish="stop"))
+    with pytest.raises(KeyError):
+        await client.post({})
 
 
-async def test_a_model_that_says_the_words_is_not_a_verdict() -> None:
-    said = json.dumps({"choices": [{"text": f'"abort" {EXPIRED}', "finish_reason": "stop"}]})
-    status, _, answer = await Client(Fake(said.encode())).post({})
-    assert (status, answer) == (200, said.encode())
+async def test_who_stops_listening_stops_the_engine() -> None:
+    async def hasty(scope: Any, _receive: Any, send: Any) -> None:
+        outputs = scope["app"].state.engine_client.generate("x", Params(), "r")
+        await anext(outputs)
+        await outputs.aclose()
+        await send({"type": "http.response.start", "status": 200, "headers": JSON})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    client = Client(hasty, output(7), output(8))
+    await client.post({})
+    assert client.engine.left == 1
 
 
-@pytest.mark.parametrize("chat", [False, True])
-async def test_a_stream_that_never_began_is_a_status(*, chat: bool) -> None:
-    end = chunk(None, "abort", EXPIRED, chat=chat)
-    parts = [ROLE, end, DONE] if chat else [end, DONE]
-    app = Fake(*parts, headers=EVENTS)
-    status, headers, answer = await Client(app).post({})
+@pytest.mark.parametrize("said", [None, "stop here"])
+async def test_an_abort_that_is_not_penstocks_passes(said: object) -> None:
+    status, _, answer = await Client(Application(), output(finish="abort", stop=said)).post({})
+    assert (status, answer) == (200, b'["abort"]')
+
+
+async def test_a_stop_string_with_the_words_is_not_a_verdict() -> None:
+    status, _, _ = await Client(Application(), output(1, finish="stop", stop=EXPIRED)).post({})
+    assert status == 200
+
+
+@pytest.mark.parametrize("first", [(), (ROLE,)])
+async def test_a_stream_that_never_began_is_a_status(first: tuple[bytes, ...]) -> None:
+    app = Application(streams=True, first=first)
+    status, headers, answer = await Client(app, output(finish="abort", stop=EXPIRED)).post({})
     assert status == 504
     assert headers[b"x-should-retry"] == b"false"
     assert json.loads(answer)["error"]["code"] == "deadline_exceeded"
-    assert app.broken_off
 
 
-@pytest.mark.parametrize("chat", [False, True])
-async def test_a_stream_that_had_begun_ends_with_an_error_event(*, chat: bool) -> None:
-    parts = [ROLE] * chat + [chunk("hi", chat=chat), chunk(None, "abort", EXPIRED, chat=chat), DONE]
-    status, _, answer = await Client(Fake(*parts, headers=EVENTS)).post({})
+async def test_a_stream_that_had_begun_ends_with_an_error_event() -> None:
+    app = Application(streams=True, first=(ROLE,))
+    client = Client(app, output(7), output(finish="abort", stop=EXPIRED))
+    status, _, answer = await client.post({})
     assert status == 200
-    events = answer.split(b"\n\n")
-    assert b'"hi"' in events[chat]
-    error = msgspec.json.decode(events[1 + chat].removeprefix(b"data: "))["error"]
-    assert error["code"] == "deadline_exceeded"
-    assert events[2 + chat :] == [b""]
+    role, token, error, nothing = answer.split(b"\n\n")
+    assert (role + b"\n\n", token, nothing) == (ROLE, b"data: [7]", b"")
+    name, data = error.split(b"\n")
+    assert name == b"event: error"
+    said = msgspec.json.decode(data.removeprefix(b"data: "))["error"]
+    assert said["code"] == "deadline_exceeded"
 
 
-async def test_a_stream_passes_event_by_event_and_whole() -> None:
-    parts = [ROLE, chunk("a", chat=True), chunk("b", "stop", chat=True), DONE]
-    client = Client(Fake(*parts, headers=EVENTS))
+@asynccontextmanager
+async def serving(application: Any) -> AsyncIterator[str]:
+    """An application behind a real socket; its address."""
+    port = free_port()
+    config = uvicorn.Config(application, port=port, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    try:
+        while not server.started:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def test_anthropics_client_hears_of_a_stream_that_breaks_off() -> None:
+    anthropic = pytest.importorskip("anthropic", reason="vLLM brings it: make test-vllm")
+    app = Application(streams=True, first=(b"event: ping\ndata: {}\n\n",))
+    client = Client(app, output(7), output(finish="abort", stop=EXPIRED))
+
+    async def served(scope: Any, receive: Any, send: Any) -> None:
+        await client._app({**scope, "app": client._state}, receive, send)
+
+    async def read(url: str) -> None:
+        async with anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as claude:
+            said = await claude.messages.create(
+                model="x", max_tokens=9, messages=[{"role": "user", "content": "x"}], stream=True
+            )
+            async for _ in said:
+                pass
+
+    async with serving(served) as url:
+        with pytest.raises(anthropic.APIStatusError) as late:
+            await read(url)
+    assert late.value.body["error"]["code"] == "deadline_exceeded"
+
+
+async def test_a_stream_is_held_until_its_first_token_and_no_longer() -> None:
+    app = Application(streams=True, first=(ROLE,))
+    client = Client(app, output(), output(7), output(8, finish="stop"))
     _, _, answer = await client.post({})
-    assert answer == b"".join(parts)
-    bodies = [one["body"] for one in client.messages[1:]]
-    assert bodies[0] == ROLE + parts[1]  # a role alone says nothing yet
-    assert bodies[1] == parts[2]
+    assert answer == ROLE + b"data: []\n\ndata: [7]\n\ndata: [8]\n\n" + DONE
+    assert [one["body"] for one in client.messages[1:]] == [
+        ROLE, b"data: []\n\n", b"data: [7]\n\n", b"data: [8]\n\n", DONE,
+    ]  # fmt: skip
 
+    sent_at: list[int] = []
 
-async def test_events_torn_apart_between_messages_are_put_together() -> None:
-    whole = ROLE + chunk("a", chat=True) + chunk(None, "abort", EXPIRED, chat=True) + DONE
-    for cut in range(1, len(whole), 7):
-        client = Client(Fake(whole[:cut], whole[cut:], headers=EVENTS))
-        _, _, answer = await client.post({})
-        assert answer.startswith(ROLE + chunk("a", chat=True))
-        assert b"deadline_exceeded" in answer
-        assert DONE not in answer
+    async def slow(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+        await send({"type": "http.response.body", "body": ROLE, "more_body": True})
+        sent_at.append(len(client.messages))
+        async for _ in _scope["app"].state.engine_client.generate("x", Params(), "r"):
+            await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+            sent_at.append(len(client.messages))
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    client = Client(slow, output(7), output(8))
+    await client.post({})
+    assert sent_at == [0, 3, 4]
 
 
 async def test_an_answer_to_nothing_still_ends() -> None:
-    _, _, answer = await Client(Fake(DONE, headers=EVENTS)).post({})
+    app = Application(streams=True, asks=0)
+    _, _, answer = await Client(app).post({})
     assert answer == DONE
 
 
-async def test_a_client_that_leaves_before_its_request_is_whole_costs_nothing() -> None:
-    app = Fake(ANSWER.encode())
+async def test_work_in_background_is_cancelled() -> None:
+    told: list[str] = []
 
-    async def gone() -> Any:
-        return {"type": "http.disconnect"}
+    async def background(scope: Any, _receive: Any, send: Any) -> None:
+        outputs = scope["app"].state.engine_client.generate("x", Params(), "r")
+        await send({"type": "http.response.start", "status": 200, "headers": JSON})
+        await send({"type": "http.response.body", "body": b"{}", "more_body": False})
+        try:
+            told.extend([str(one) async for one in outputs])
+        except asyncio.CancelledError as error:
+            told.append(str(error))
 
-    async def send(message: Any) -> None:
-        raise AssertionError(message)
+    status, _, _ = await Client(background, output(finish="abort", stop=REFUSED)).post({})
+    assert status == 200
+    assert told == ["8 requests wait"]
 
-    scope = {**POST, "headers": []}
-    await Middleware(app)(scope, gone, send)
-    assert app.seen == []
+
+async def test_requests_at_the_same_time_are_not_mixed_up() -> None:
+    app = Application()
+    client = Client(app)
+    middleware, state = client._app, client._state
+    answers: dict[int, Any] = {}
+
+    async def one(i: int) -> None:
+        async def receive() -> Any:
+            await asyncio.sleep(0.001 * (i % 3))
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: Any) -> None:
+            answers[i] = message.get("body")
+
+        headers = [(b"x-slo-ttft-ms", str(i).encode()), *JSON]
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "app": state}
+        await middleware(scope, receive, send)
+
+    await asyncio.gather(*(one(i) for i in range(1, 20)))
+    asked = [one.extra_args or {} for one in client.engine.asked]
+    assert sorted(one["slo_ttft_ms"] for one in asked) == list(range(1, 20))
+    assert len({one["penstock_answer"] for one in asked}) == 19
+
+
+async def test_what_is_no_request_for_an_answer_is_left_alone() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, receive, send))
+
+    for scope in ({"type": "http", "method": "GET"}, {"type": "websocket"}, {"type": "lifespan"}):
+        receive, send = object(), object()
+        await Middleware(app)(scope, receive, send)  # type: ignore[arg-type]
+        assert seen[-1] == (scope, receive, send)

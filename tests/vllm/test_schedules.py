@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from vllm.v1.engine import FinishReason
 
 from penstock.core.policies import presets
 from penstock.vllm.verdict import Verdict
-from tests.vllm.engine import BLOCK, EOS, Loop, text_of
+from tests.vllm.engine import BLOCK, Loop, text_of
 
 ONLINE = sorted(set(presets.PRESETS) - {"oracle"})
 
@@ -228,17 +229,55 @@ def test_what_a_capped_answer_said_may_be_shared_as_well() -> None:
     assert loop.texts["second"] == text_of(prompt + text, 4)
 
 
-def test_a_streams_refusal_brings_a_token_for_those_who_understand_it() -> None:
+def test_who_understands_a_verdict_is_told_by_an_abort_all_else_by_an_error() -> None:
     loop = Loop({"slo": {"strict": {"ttft": 0.000_01, "on_miss": "expire"}}})
     told = {"slo_class": "strict", "penstock_answer": "x"}
     delta = RequestOutputKind.DELTA
     loop.add("stream", [5, 6, 7], 8, extra_args=told, output_kind=delta, logprobs=2)
-    loop.add("whole", [5, 6, 7], 8, extra_args={**told, "penstock_answer": "y"})
+    loop.add("offline", [5, 6, 7], 8, extra_args={"slo_class": "strict"})
     loop.run()
-    assert {one.finish_reason for one in loop.ends.values()} == {FinishReason.ABORT}
-    assert loop.ends["stream"].new_token_ids == [EOS]
-    assert loop.ends["stream"].new_logprobs.logprobs.shape == (1, 3)
-    assert loop.ends["whole"].new_token_ids == []
+    assert loop.ends["stream"].finish_reason is FinishReason.ABORT
+    assert loop.ends["offline"].finish_reason is FinishReason.ERROR
+    assert loop.texts == {"stream": [], "offline": []}
+
+
+def test_where_a_request_stands_can_be_asked_at_any_time() -> None:
+    loop = Loop({"scheduler": {"preset": "vllm"}}, max_num_seqs=1, asynchronous=False)
+    loop.add("cmpl-first-0-0123abcd", [5, 6, 7], 8)
+    loop.add("cmpl-next-0-0123abcd", [5, 6, 7, 8], 8)
+    loop.step()
+    (first,) = loop.scheduler.explain("first")
+    assert (first["index"], first["prompt_tokens"], first["output_tokens"]) == (0, 3, 1)
+    assert str(first["explanation"]).startswith("decode: 1 of at most 8")
+    (then,) = loop.scheduler.explain("cmpl-next")
+    assert str(then["explanation"]).startswith("waiting: ")
+    assert loop.scheduler.explain("cmpl") == []
+    loop.run()
+    assert loop.scheduler.explain("first") == []
+
+
+def test_explaining_from_another_thread_disturbs_nobody() -> None:
+    loop = Loop(blocks=40)
+    made = prompts(40, shared=9)
+    for i, prompt in enumerate(made):
+        loop.add(f"r{i}", prompt, 20)
+    told: list[object] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            told.extend(one["explanation"] for i in range(40) for one in explain(f"r{i}"))
+
+    explain = loop.scheduler.explain
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        loop.run()
+    finally:
+        over.set()
+        asking.join()
+    assert any("waiting" in str(one) for one in told)
+    assert all(loop.texts[f"r{i}"] == text_of(prompt, 20) for i, prompt in enumerate(made))
 
 
 def test_parts_of_a_refused_answer_are_not_generated_for_nobody() -> None:

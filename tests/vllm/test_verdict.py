@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from penstock.core.gate import Refusal
@@ -14,6 +14,7 @@ words = st.text(max_size=60)
 
 
 @given(kinds, words, words, words, st.floats(0, 1e6), st.integers(0, 10**6))
+@example("invalid", "a {", "slo. {", " { {", 0.0, 0)
 def test_what_was_encoded_is_decoded(
     kind: str, reason: str, param: str, limit: str, wait: float, after: int
 ) -> None:

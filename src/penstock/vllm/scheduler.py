@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import wraps
+from threading import RLock
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
@@ -37,6 +39,7 @@ from penstock.core.types import (
 from penstock.vllm.blocks import BlockTables
 from penstock.vllm.intake import UnservableError, answer_of, as_core, promise_of
 from penstock.vllm.last_word import last_word
+from penstock.vllm.listening import Standing, named, serve
 from penstock.vllm.memory import KVFacade
 from penstock.vllm.pausing import Door
 from penstock.vllm.queue import WaitingSet
@@ -49,6 +52,8 @@ from penstock.vllm.verdict import Verdict
 from penstock.vllm.wording import Wording
 
 logger = init_logger("vllm.penstock")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class _Flight(NamedTuple):
@@ -57,6 +62,18 @@ class _Flight(NamedTuple):
     output: SchedulerOutput
     number: int | None
     began: float
+
+
+def _alone(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """One thread at a time."""
+
+    @wraps(method)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        scheduler: Any = args[0]
+        with scheduler.lock:
+            return method(*args, **kwargs)
+
+    return alone
 
 
 class Scheduler(EndsAtLength):
@@ -85,8 +102,6 @@ class Scheduler(EndsAtLength):
         self.waiting = WaitingSet()
         self._wording = Wording(self)
         self.tally = Tally(self._model_name(), time.monotonic())
-        if self.settings.metrics_port is not None:
-            self.tally.serve(self.settings.metrics_port)
         self._siblings = Siblings()
         self._flights: deque[_Flight] = deque()
         self._collected = self._now = 0.0
@@ -96,8 +111,13 @@ class Scheduler(EndsAtLength):
         self._stopped: dict[RequestId, tuple[PrefixKey, ...]] = {}
         self._capped: dict[RequestId, tuple[PrefixKey, ...]] = {}
         self._failed: dict[RequestId, str] = {}
+        # Whoever asks over HTTP does so from another thread.
+        self.lock = RLock()
+        if self.settings.metrics_port is not None:
+            serve(self.settings.metrics_port, self.tally.registry, self.explain)
         self._say_hello()
 
+    @_alone
     def add_request(self, request: Request) -> None:
         """Take a request in; what is wrong with it, or refused, ends with the next step."""
         if request.request_id in self.requests:
@@ -108,6 +128,7 @@ class Scheduler(EndsAtLength):
         if not self._is_blocked_waiting_status(request.status):
             self._enter(request)
 
+    @_alone
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """What runs in the next step, as Penstock's scheduler plans it."""
         del throttle_prefills  # only data-parallel ranks throttle each other
@@ -125,6 +146,7 @@ class Scheduler(EndsAtLength):
         self._update_after_schedule(output)
         return output
 
+    @_alone
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
@@ -146,6 +168,7 @@ class Scheduler(EndsAtLength):
             logger.info("Penstock: %s", line)
         return self._with_verdicts(outputs)
 
+    @_alone
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
@@ -171,6 +194,7 @@ class Scheduler(EndsAtLength):
         super().set_pause_state(pause_state)
         self._door.closed = pause_state != PauseState.UNPAUSED
 
+    @_alone
     def reset_prefix_cache(
         self,
         reset_running_requests: bool = False,
@@ -192,6 +216,25 @@ class Scheduler(EndsAtLength):
             # They may run again in the very next step: workers need their whole texts then.
             self.prev_step_scheduled_req_ids.clear()
         return bool(super().reset_prefix_cache(reset_connector=reset_connector))
+
+    @_alone
+    def explain(self, name: str) -> list[Standing]:
+        """Where the parts of an open answer stand, and why those wait that do.
+
+        Args:
+            name: the answer's id, or the client's own ``X-Request-Id``.
+        """
+        now = time.time()
+        return [
+            {
+                "index": index,
+                "prompt_tokens": one.num_prompt_tokens,
+                "output_tokens": one.num_output_tokens,
+                "age_s": round(now - one.arrival_time, 3),
+                "explanation": self.core.explain(one.request_id) or "not before the scheduler yet",
+            }
+            for index, one in enumerate(named(name, self.requests.values()))
+        ]
 
     def _let_in_compiled(self) -> None:
         """Hand over those whose grammar is ready."""

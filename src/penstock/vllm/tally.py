@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter as Counts
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from penstock.core.stats import Stats
 from penstock.core.types import RequestId
@@ -99,14 +99,6 @@ class Tally:
             "penstock:planning_seconds", "What planning took, per step.",
             one, registry=registry, buckets=PLANNING_BUCKETS,
         ).labels(self._model)  # fmt: skip
-
-    def serve(self, port: int) -> None:
-        """Let Prometheus scrape it, from a thread of its own.
-
-        Raises:
-            OSError: the port cannot be listened on.
-        """
-        start_http_server(port, registry=self.registry)
 
     def taken(self, request_id: RequestId, promise: Promise, arrival: float) -> None:
         """A request waits."""

@@ -66,7 +66,9 @@ class Verdict:
     def encode(self) -> str:
         """As a ``stop_reason``: words first, then what programs want to know."""
         extra = _Extra(self.param, self.limit, self.wait, self.retry_after)
-        return f"{_MARK}{self.kind}: {self.reason} {msgspec.json.encode(extra).decode()}"
+        # The last " {" is where this begins, whatever its strings say.
+        tail = msgspec.json.encode(extra).decode().replace(" {", r" \u007b")
+        return f"{_MARK}{self.kind}: {self.reason} {tail}"
 
     @classmethod
     def decode(cls, stop_reason: object) -> Verdict | None:
