@@ -74,11 +74,13 @@ class Desk:
         starts: Sequence[Start] = (),
         chunks: Sequence[Chunk] = (),
         decode: tuple[RequestId, ...] = (),
+        capped: tuple[RequestId, ...] = (),
     ) -> StepResult:
         self.number += 1
         plan = StepPlan(
-            self.number, tuple(drops), tuple(forget), tuple(starts), tuple(chunks), decode
-        )
+            self.number, tuple(drops), tuple(forget), tuple(starts), tuple(chunks), decode,
+            capped=capped,
+        )  # fmt: skip
         ticket = self.engine.submit(plan)
         assert ticket.number == plan.number
         result = self.engine.collect(ticket)
@@ -89,6 +91,7 @@ class Desk:
         due = {chunk.id for chunk in chunks if chunk.samples} | set(decode)
         assert set(result.tokens) == due, "tokens are due for sampling chunks and decodes only"
         assert set(result.stopped) <= due, "a request stops with a token"
+        assert set(result.capped) == set(capped) - set(result.stopped)
         for name, token in result.tokens.items():
             self.texts[name].append(token.id)
         return result
@@ -445,6 +448,35 @@ def shares_blocks_that_a_stopped_request_leaves(engine: Engine) -> None:
     assert desk.texts["b"] == desk.texts["c"]
 
 
+def shares_blocks_that_a_capped_request_leaves(engine: Engine) -> None:
+    desk = Desk(engine)
+    desk.open("a", PROMPT, 99)
+    desk.open("stops", PROMPT, 7)
+    desk.enter("a")
+    desk.enter("stops")
+    both = ("a", "stops")
+    for _ in range(5):
+        result = desk.step(decode=both)
+        assert result.capped == {}
+    result = desk.step(decode=both, capped=both)
+    keys = result.capped["a"]
+    assert keys == result.stopped["stops"] == prefix_keys(desk.known("a")[:-1], BLOCK)
+    desk.step(
+        drops=[
+            Drop("a", final=True, publish=tuple(enumerate(keys))),
+            Drop("stops", final=True),
+        ]
+    )
+    longer = (*desk.known("a"), 1, 2)
+    desk.open("b", longer, 5)
+    desk.enter("b", cached=keys)
+    desk.finish("b")
+    desk.open("c", longer, 5)
+    desk.enter("c")
+    desk.finish("c")
+    assert desk.texts["b"] == desk.texts["c"]
+
+
 def uses_all_memory_again_and_again(engine: Engine) -> None:
     desk = Desk(engine)
     keys = prefix_keys(PROMPT, BLOCK)
@@ -504,5 +536,6 @@ CHECKS: tuple[Callable[[Engine], None], ...] = (
     refuses_kv_of_more_than_a_request_has,
     shares_published_blocks,
     shares_blocks_that_a_stopped_request_leaves,
+    shares_blocks_that_a_capped_request_leaves,
     uses_all_memory_again_and_again,
 )

@@ -454,6 +454,7 @@ def test_blocks_of_a_capped_answer_stay_where_the_engine_names_them() -> None:
     scheduler.add(Request("a", 7, 1, 0.0))
     plan = scheduler.plan(0.0)
     assert plan is not None
+    assert plan.capped == ("a",)
     scheduler.confirm(StepResult(plan.number, 0.1, {}, {}, capped={"a": (b"block",)}))
     drop = scheduler.plan(0.0)
     assert drop is not None

@@ -359,9 +359,10 @@ class Scheduler:
                 books.leaving.ids.discard(drop.id)
         self._flights.append(_Flight(books.number, books.decode.ticks, chunks, capped, load))
         repeat = self._repeat() if decodes and not chunks and not capped else 1
+        shared = capped if self.capabilities.prefix_cache else ()
         return StepPlan(
             books.number, tuple(draft.drops), forget, tuple(draft.starts), chunks, decode,
-            repeat, books.deadlines.next,
+            repeat, books.deadlines.next, tuple([entry.request.id for entry in shared]),
         )  # fmt: skip
 
     def _repeat(self) -> int:

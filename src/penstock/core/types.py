@@ -270,6 +270,8 @@ class StepPlan(NamedTuple):
             first that ends at ``until`` (seconds on the runtime's clock) or later.
             1 unless ``Capabilities.max_repeat`` says that the engine can do it.
         until: see ``repeat``.
+        capped: whose cap the token of this step reaches, where blocks are shared: the engine
+            names the keys of their full blocks (:attr:`StepResult.capped`).
     """
 
     number: int
@@ -280,6 +282,7 @@ class StepPlan(NamedTuple):
     decode: tuple[RequestId, ...]
     repeat: int = 1
     until: float = math.inf
+    capped: tuple[RequestId, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -308,8 +311,8 @@ class StepResult(NamedTuple):
             The value holds the keys of all their full blocks, or nothing if
             the engine does not share blocks.
         failed: requests the engine had to give up, with the reason.
-        capped: of requests that reach their cap in it: keys of all their full blocks, where the
-            engine knows them.
+        capped: the keys of all full blocks of the requests that :attr:`StepPlan.capped` names.
+            Those that stopped or failed by themselves are not among them.
         steps: how often it ran the plan, at most ``StepPlan.repeat``; ``seconds`` is for all of
             them, ``stopped`` and ``tokens`` are the last one's.
     """

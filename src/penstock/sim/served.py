@@ -174,7 +174,9 @@ class ServedEngine:
             # Time that the host took since the last step is part of this one.  It is not owed
             # beyond that: a host that was held up does not hurry afterwards.
             self._due = max(self._due + seconds, now) if follows else now + seconds
-        self._result = StepResult(plan.number, seconds, tokens, stopped)
+        due = [name for name in plan.capped if name not in stopped]
+        capped = {name: self._keys(self._sequences[name]) for name in due}
+        self._result = StepResult(plan.number, seconds, tokens, stopped, capped=capped)
         return Ticket(plan.number)
 
     def collect(self, ticket: Ticket) -> StepResult:
@@ -221,9 +223,12 @@ class ServedEngine:
         token = sequence.script[at]
         traced = sequence.work.trace_length is not None
         if ends or (not traced and token in sequence.work.sampling.stop_token_ids):
-            keys: tuple[PrefixKey, ...] = ()
-            if self.capabilities.prefix_cache:
-                known = [*sequence.work.prompt, *sequence.script[:at]]
-                keys = prefix_keys(known, self.capabilities.block_size)
-            stopped[request_id] = keys
+            stopped[request_id] = self._keys(sequence)
         tokens[request_id] = Token(token)
+
+    def _keys(self, sequence: _Sequence) -> tuple[PrefixKey, ...]:
+        """Of all full blocks; the latest token has no KV."""
+        if not self.capabilities.prefix_cache:
+            return ()
+        known = [*sequence.work.prompt, *sequence.script[: sequence.generated - 1]]
+        return prefix_keys(known, self.capabilities.block_size)

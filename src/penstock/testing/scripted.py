@@ -183,7 +183,9 @@ class ScriptedEngine:
         seconds = 0.0
         if plan.tokens:
             seconds = self._step_seconds + plan.tokens * self._token_seconds
-        self._flight.append(StepResult(plan.number, seconds, tokens, stopped))
+        due = [name for name in plan.capped if name not in stopped]
+        capped = {name: self._keys(self._sequences[name]) for name in due}
+        self._flight.append(StepResult(plan.number, seconds, tokens, stopped, capped=capped))
         return Ticket(plan.number)
 
     def collect(self, ticket: Ticket) -> StepResult:
@@ -262,16 +264,17 @@ class ScriptedEngine:
         sequence: _Sequence,
         stopped: dict[RequestId, tuple[PrefixKey, ...]],
     ) -> Token:
-        size = self.capabilities.block_size
         token = _mix(self._read(sequence), b"token") % self._vocab_size
         sequence.tokens.append(token)
         if sequence.generated == sequence.length and not sequence.stopped:
             sequence.stopped = True
-            keys: tuple[PrefixKey, ...] = ()
-            if self.capabilities.prefix_cache:
-                keys = prefix_keys(sequence.tokens[: sequence.computed], size)
-            stopped[request_id] = keys
+            stopped[request_id] = self._keys(sequence)
         return Token(token)
+
+    def _keys(self, sequence: _Sequence) -> tuple[PrefixKey, ...]:
+        if not self.capabilities.prefix_cache:
+            return ()
+        return prefix_keys(sequence.tokens[: sequence.computed], self.capabilities.block_size)
 
     def _read(self, sequence: _Sequence) -> list[int]:
         """What the blocks hold."""
