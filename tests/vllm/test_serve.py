@@ -89,8 +89,8 @@ class Served:
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             yield client
 
-    def scrape(self) -> dict[str, float]:
-        with urlopen(f"http://127.0.0.1:{self.metrics}/metrics") as answer:
+    def scrape(self, engine: int = 0) -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{self.metrics + engine}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
@@ -336,6 +336,25 @@ async def test_what_the_plug_in_does_not_serve_is_refused_at_start(tmp_path: Pat
         Served(log, "--long-prefill-token-threshold", "16", settings=SETTINGS)
     told = "penstock.vllm.Scheduler: --long-prefill-token-threshold is not supported"
     assert told in log.read_text(encoding="utf-8")
+
+
+async def test_data_parallel_engines_have_a_scheduler_each(tmp_path: Path) -> None:
+    server = Served(tmp_path / "log", "--data-parallel-size", "2", settings=SETTINGS)
+    try:
+        async with server.client() as client:
+            more = {"ignore_eos": True, "slo": {"class": "easy"}}
+            asked = (complete(client, one, 60, extra_body=more) for one in PROMPTS)
+            answers = await asyncio.gather(*asked)
+            with pytest.raises(openai.APIStatusError) as caught:
+                await complete(client, "Once", 8, n=4, extra_body={"slo": {"class": "strict"}})
+        met = 'penstock:slo_requests_total{model_name="demo",outcome="met",slo_class="easy"}'
+        served = [server.scrape(engine)[met] for engine in (0, 1)]
+    finally:
+        server.stop()
+    assert {one.choices[0].finish_reason for one in answers} == {"length"}
+    assert caught.value.status_code == 504
+    assert sum(served) == len(PROMPTS)
+    assert min(served) > 0
 
 
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])

@@ -78,7 +78,10 @@ def config(**changes: Any) -> Any:
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "--kv-events"),
         ({"aux_output_config": SimpleNamespace(enabled=True)}, "--enable-return-routed-experts"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
-        ({"parallel_config__data_parallel_size": 4}, "--data-parallel-size is 4"),
+        (
+            {"parallel_config__data_parallel_size": 4},
+            "--data-parallel-size of a mixture of experts is 4",
+        ),
         ({"scheduler_config__enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
         ({"scheduler_config__long_prefill_token_threshold": 9}, "--long-prefill-token-threshold"),
         ({"scheduler_config__max_num_batched_tokens": 7}, "--max-num-batched-tokens is 7"),

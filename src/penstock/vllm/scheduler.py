@@ -114,7 +114,9 @@ class Scheduler(EndsAtLength):
         # Whoever asks over HTTP does so from another thread.
         self.lock = RLock()
         if self.settings.metrics_port is not None:
-            serve(self.settings.metrics_port, self.tally.registry, self.explain)
+            # Of several data-parallel engines each has a port of its own.
+            port = self.settings.metrics_port + self.parallel_config.data_parallel_index
+            serve(port, self.tally.registry, self.explain)
         self._say_hello()
 
     @_alone

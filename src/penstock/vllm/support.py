@@ -59,9 +59,11 @@ def _of_flags(config: VllmConfig) -> Iterator[str]:
         yield "--kv-events-config is not supported: no events would be published"
     if getattr(getattr(config, "aux_output_config", None), "enabled", False):
         yield "--enable-return-routed-experts is not supported"
+    # Of a dense model each data-parallel engine is told that it is alone, and it is.
     for name in ("pipeline", "decode_context", "prefill_context", "data"):
         if (size := getattr(parallel, f"{name}_parallel_size")) > 1:
-            yield f"--{name.replace('_', '-')}-parallel-size is {size}; it must be 1"
+            of = " of a mixture of experts" if name == "data" else ""
+            yield f"--{name.replace('_', '-')}-parallel-size{of} is {size}; it must be 1"
     if scheduler.long_prefill_token_threshold > 0:
         yield "--long-prefill-token-threshold is not supported: the preset shares out a step"
     if not scheduler.enable_chunked_prefill:
