@@ -75,6 +75,8 @@ class Wording:
         request = scheduler.requests[request_id]
         scheduler.running.remove(request)
         scheduler._preempt_request(request, now)  # noqa: SLF001
+        # Behind a shared beginning it may start again in this very plan: workers need its text.
+        scheduler.prev_step_scheduled_req_ids.discard(request_id)
 
     def _start(self, start: Start, now: float) -> None:
         scheduler = self._scheduler
