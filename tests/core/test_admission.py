@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.core.memory import prefix_keys
 from penstock.core.policies import presets
-from penstock.core.policies.base import Admit, Answer, Defer, Judge, Policy, Reject
+from penstock.core.policies.base import Admit, Answer, Defer, Judge, Policy, Reject, Skip
 from penstock.core.snapshot import Candidate, Snapshot
 from penstock.core.types import Ended, FinishReason
 from tests.core.drive import Job, capabilities, run
@@ -58,6 +59,55 @@ def test_the_first_refusal_ends_the_pass() -> None:
     hand.add("c", 1, 1)
     assert starts(hand, 3) == [["a"], [], []]
     assert starts(hand, 1) == [["b", "c"]]
+
+
+@pytest.mark.parametrize("order", ["fcfs", "urgency"])
+def test_who_is_skipped_holds_nobody_up_and_keeps_its_turn(order: str) -> None:
+    admit = Asked({"b": Skip("no place"), "c": Skip("no place")}, holds=None)
+    hand = Hand(capabilities(), replace(asked(admit), **ordered(order)))
+    for name in ("a", "b", "c", "d"):
+        hand.add(name, 4, 50)
+    assert starts(hand, 1) == [["a", "d"]]
+    assert hand.scheduler.stats(0.0).waiting_tokens == 8
+    assert "no place" in (hand.scheduler.explain("b") or "")
+    hand.add("e", 4, 50)
+    assert starts(hand, 2) == [["e"], []]
+    assert [name for plan, name in admit.log if plan == 3] == ["b", "c"]
+    admit.answers.clear()
+    hand.add("f", 4, 50)
+    assert starts(hand, 1) == [["b", "c", "f"]]
+    hand.finish()
+    assert len(hand.ended) == 6
+
+
+def ordered(order: str) -> dict[str, Any]:
+    made = presets.build("vllm", order=order)
+    return {"order": made.order, "rank": made.rank}
+
+
+def test_nobody_who_is_skipped_is_let_in_because_nothing_runs() -> None:
+    admit = Asked({"a": Skip("no place"), "b": Skip("no place")}, holds=None)
+    hand = Hand(capabilities(), asked(admit))
+    hand.add("a", 4, 3)
+    hand.add("b", 4, 3)
+    assert hand.scheduler.plan(0.0) is None
+    del admit.answers["b"]
+    plan = hand.scheduler.plan(0.0)
+    assert plan is not None
+    assert [start.id for start in plan.starts] == ["b"]
+
+
+def test_a_refusal_behind_one_who_is_skipped_ends_the_pass() -> None:
+    admit = Asked({"b": Skip("no place"), "c": Defer("not yet")}, holds=None)
+    hand = Hand(capabilities(), asked(admit))
+    for name in ("a", "b", "c", "d"):
+        hand.add(name, 4, 50)
+    assert starts(hand, 2) == [["a"], []]
+    assert admit.log[:3] == [(1, "a"), (1, "b"), (1, "c")]
+    assert "d" not in {name for _, name in admit.log}
+    hand.scheduler.cancel("b")
+    hand.step()
+    assert admit.log[-1] != (3, "d")
 
 
 def test_a_deferral_is_not_asked_about_again_while_it_holds() -> None:

@@ -16,6 +16,7 @@ from zlib import crc32
 
 import torch
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -42,9 +43,9 @@ def _token(value: int, position: int) -> int:
     return 3 + crc32(f"{value}:{position}".encode()) % (VOCABULARY - 3)
 
 
-def text_of(prompt: list[int], count: int) -> list[int]:
-    """The output that the made-up model gives to a prompt."""
-    value, tokens = 0, list(prompt)
+def text_of(prompt: list[int], count: int, adapter: int = 0) -> list[int]:
+    """The output that the made-up model gives to a prompt, with a LoRA adapter or without."""
+    value, tokens = adapter, list(prompt)
     for token in prompt:
         value = _next_value(value, token)
     for _ in range(count):
@@ -61,6 +62,7 @@ class _Known:
     tokens: list[int]
     blocks: list[int]
     computed: int
+    adapter: int
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Worker:
     before: set[str] = field(default_factory=set)
     steps: int = 0
     most_tokens: int = 0
+    most_adapters: int = 0
 
     def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Execute one step."""
@@ -82,8 +85,9 @@ class Worker:
             assert new.req_id not in self.known, f"{new.req_id} is new twice"
             (blocks,) = new.block_ids
             prompt = list(new.prompt_token_ids)
+            adapter = 0 if new.lora_request is None else new.lora_request.lora_int_id
             self.known[new.req_id] = _Known(
-                prompt, list(prompt), list(blocks), new.num_computed_tokens
+                prompt, list(prompt), list(blocks), new.num_computed_tokens, adapter
             )
         self._update(output)
         self.before = set(output.num_scheduled_tokens)
@@ -92,6 +96,8 @@ class Worker:
         self.steps += 1
         self.most_tokens = max(self.most_tokens, output.total_num_scheduled_tokens)
         ids = list(output.num_scheduled_tokens)
+        adapters = {self.known[name].adapter for name in ids} - {0}
+        self.most_adapters = max(self.most_adapters, len(adapters))
         sampled = [self._compute(name, output.num_scheduled_tokens[name]) for name in ids]
         return ModelRunnerOutput(
             req_ids=ids,
@@ -123,7 +129,7 @@ class Worker:
         assert len(known.blocks) * BLOCK >= end, f"{name} has no blocks for its tokens"
         assert len(set(known.blocks)) == len(known.blocks)
         assert all(0 < block < self.blocks for block in known.blocks)
-        value = self.memory[self._slot(known, start - 1)] if start else 0
+        value = self.memory[self._slot(known, start - 1)] if start else known.adapter
         for position in range(start, end):
             value = _next_value(value, known.tokens[position])
             self.memory[self._slot(known, position)] = value
@@ -201,6 +207,7 @@ class Loop:
         max_tokens: int = 8,
         *,
         priority: int = 0,
+        adapter: int = 0,
         **sampling: Any,
     ) -> Request:
         """A request comes."""
@@ -212,6 +219,7 @@ class Loop:
             params,
             None,
             priority=priority,
+            lora_request=LoRARequest(f"a{adapter}", adapter, "nowhere") if adapter else None,
             block_hasher=self._hasher,
         )
         self.texts[name] = []

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
+from vllm.config import LoRAConfig
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 
 from penstock.core.policies import presets
+from penstock.vllm import adapters
 from penstock.vllm.verdict import Verdict
 from tests.vllm.engine import BLOCK, Loop, text_of
 
@@ -105,6 +107,62 @@ def test_whatever_comes_texts_are_right_and_nothing_is_lost(
         assert request in left or len(text) == most
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 20), st.integers(0, 4), st.integers(1, 20), st.integers(1, 30)),
+        min_size=1,
+        max_size=24,
+    ),
+    st.integers(1, 3),
+    st.sampled_from(["past-future", "vllm", "kairos", "tgi", "sls"]),
+    st.booleans(),
+)
+@settings(max_examples=60)
+def test_no_step_needs_more_lora_adapters_than_have_a_place(
+    load: list[Any], most: int, name: str, asynchronous: bool
+) -> None:
+    loop = Loop(
+        preset(name), blocks=30, asynchronous=asynchronous, max_model_len=96,
+        lora_config=LoRAConfig(max_loras=most, max_lora_rank=8, max_cpu_loras=4),
+    )  # fmt: skip
+    coming = sorted((at, i, *rest) for i, (at, *rest) in enumerate(load))
+    made = {f"r{i}": rest for _, i, *rest in coming}
+    for step in range(4000):
+        while coming and coming[0][0] <= step:
+            _, i, adapter, own, tokens = coming.pop(0)
+            # The same prompt with another adapter shares nothing.
+            loop.add(f"r{i}", list(range(9, 9 + own)), tokens, adapter=adapter)
+        if not loop.step() and not coming:
+            break
+    loop.check_idle()
+    assert loop.worker.most_adapters <= most
+    for request, (adapter, own, tokens) in made.items():
+        assert loop.texts[request] == text_of(list(range(9, 9 + own)), tokens, adapter)
+
+
+def test_who_waits_for_an_adapters_place_holds_nobody_up_until_it_has_waited_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for patience, first in ((1000.0, "behind"), (0.0, "third")):
+        monkeypatch.setattr(adapters, "PATIENCE", patience)
+        loop = Loop(
+            preset("vllm"), lora_config=LoRAConfig(max_loras=2, max_lora_rank=8, max_cpu_loras=3)
+        )
+        loop.add("one", [5, 6, 7], 10, adapter=1)
+        loop.add("two", [5, 6, 8], 20, adapter=2)
+        loop.step()
+        loop.add("third", [5, 6, 9], 9, adapter=3)
+        loop.add("behind", [5, 6, 10], 3, adapter=1)
+        loop.step()
+        loop.step()
+        (told,) = loop.scheduler.explain("third")
+        assert told["explanation"] == "waiting: its LoRA adapter has no place: 2 are in use"
+        loop.run()
+        ends = [name for name in loop.ends if name in {"third", "behind"}]
+        assert ends[0] == first
+        assert loop.worker.most_adapters == 2
+
+
 def test_evictions_are_vllms_preemptions() -> None:
     loop = Loop(preset("vllm"), blocks=24)
     requests = [loop.add(f"r{i}", [10 + i, 11, 12], 60) for i in range(6)]
@@ -112,6 +170,18 @@ def test_evictions_are_vllms_preemptions() -> None:
     assert loop.scheduler.core.evictions > 0
     assert sum(one.num_preemptions for one in requests) == loop.scheduler.core.evictions
     assert all(loop.texts[f"r{i}"] == text_of([10 + i, 11, 12], 60) for i in range(6))
+
+
+def test_who_starts_again_in_the_plan_that_evicted_it_is_told_whole() -> None:
+    loop = Loop(preset("vllm"), blocks=30, asynchronous=False, max_model_len=96)
+    for name, prompt, most in (("a", 1, 21), ("b", 1, 21), ("c", 13, 21)):
+        loop.add(name, list(range(9, 9 + prompt)), most)
+    for _ in range(19):
+        loop.step()
+    for name, prompt in (("d", 12), ("e", 16)):
+        loop.add(name, list(range(209, 209 + prompt)), 2)
+    loop.run()
+    assert loop.texts["e"] == text_of(list(range(209, 225)), 2)
 
 
 def test_reserving_evicts_nobody_where_the_watermark_does() -> None:

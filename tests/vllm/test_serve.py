@@ -23,6 +23,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
 import httpx
 import openai
+import torch
+from safetensors.torch import save_file
 
 from penstock.bench.local import free_port
 from tests.vllm.engine import DEMO
@@ -355,6 +357,49 @@ async def test_data_parallel_engines_have_a_scheduler_each(tmp_path: Path) -> No
     assert caught.value.status_code == 504
     assert sum(served) == len(PROMPTS)
     assert min(served) > 0
+
+
+def lora(folder: Path, seed: int) -> str:
+    """A random adapter of the included model, as PEFT keeps them; as a flag's value."""
+    config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    width, head = config["hidden_size"], config["head_dim"]
+    outputs = {"q_proj": config["num_attention_heads"], "v_proj": config["num_key_value_heads"]}
+    source = torch.Generator().manual_seed(seed)
+    weights: dict[str, torch.Tensor] = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, heads in outputs.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            a, b = (8, width), (heads * head, 8)
+            weights[f"{name}.lora_A.weight"] = torch.randn(*a, generator=source) * 0.1
+            weights[f"{name}.lora_B.weight"] = torch.randn(*b, generator=source) * 0.1
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(outputs)}
+    (folder / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
+    return f"{folder.name}={folder}"
+
+
+async def test_lora_adapters_share_the_places_that_there_are(tmp_path: Path) -> None:
+    names = ["a0", "a1", "a2"]
+    flags = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--max-cpu-loras", "3"]
+    flags += ["--lora-modules", *(lora(tmp_path / name, i) for i, name in enumerate(names))]
+    settings = {"scheduler": {"preset": "past-future"}}
+    server = Served(tmp_path / "log", *flags, settings=settings)
+
+    async def say(client: Any, name: str) -> str:
+        answer = await client.completions.create(
+            model=name, prompt="Once upon a time", max_tokens=12, temperature=0
+        )
+        return str(answer.choices[0].text)
+
+    try:
+        async with server.client() as client:
+            alone = [await say(client, name) for name in names]
+            together = await asyncio.gather(*(say(client, name) for name in names * 10))
+    finally:
+        server.stop()
+    assert len(set(alone)) == 3
+    assert together == alone * 10
 
 
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])

@@ -72,7 +72,6 @@ def config(**changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"speculative_config": 1}, "--speculative-config"),
-        ({"lora_config": 1}, "--enable-lora"),
         ({"kv_transfer_config": 1}, "--kv-transfer-config"),
         ({"ec_transfer_config": 1}, "--ec-transfer-config"),
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "--kv-events"),

@@ -10,7 +10,7 @@ from penstock.core.books import Books
 from penstock.core.entry import Entry
 from penstock.core.forecast.wait import WaitForecast
 from penstock.core.lifecycle import State
-from penstock.core.policies.base import Admit, Defer, Judge, Policy, Reject
+from penstock.core.policies.base import Admit, Defer, Judge, Policy, Reject, Skip
 from penstock.core.snapshot import Candidate
 from penstock.core.types import Chunk, Drop, Ended, FinishReason, PrefixKey, Start
 
@@ -68,6 +68,7 @@ class _Turn:
         taken: the sum of these blocks.
         judge: once there is one.
         rejected: by it.
+        skipped: by it; in order, they are out of the queue until the pass is over.
     """
 
     left: int
@@ -77,6 +78,7 @@ class _Turn:
     taken: int = 0
     judge: Judge | None = None
     rejected: list[Ended] = field(default_factory=list)
+    skipped: list[Entry] = field(default_factory=list)
 
 
 class Admission:
@@ -110,11 +112,16 @@ class Admission:
         at_once = self._policy.at_once
         try:
             while head is not None and (draft.prefill_left > 0 or at_once):
+                skipped = len(turn.skipped)
                 if not self._ask(draft, turn, head):
                     break
+                if len(turn.skipped) > skipped:
+                    books.queue.remove(head)
                 head = books.queue.peek()
         finally:
             self._settle(turn)
+            for entry in turn.skipped:
+                books.queue.push(entry)
         return turn
 
     def run_ranked(self, draft: Draft, order: Sequence[Entry]) -> list[Ended]:
@@ -190,6 +197,10 @@ class Admission:
         if isinstance(answer, Reject):
             tokens = books.output_tokens(head)
             turn.rejected.append(books.end(head, FinishReason.REJECTED, tokens, answer.reason))
+            return True
+        if isinstance(answer, Skip):
+            head.why = answer.reason
+            turn.skipped.append(head)
             return True
         # Nothing runs, so to defer a request that fits would be to starve it.
         if not books.running and not turn.starting and candidate.blocks <= free:

@@ -26,7 +26,7 @@ from vllm.version import __version__ as vllm_version
 
 from penstock.core.gate import gate
 from penstock.core.policies import presets
-from penstock.core.policies.base import Policy
+from penstock.core.policies.base import AdmitPolicy, Policy
 from penstock.core.scheduler import Scheduler as Core
 from penstock.core.types import (
     Ended,
@@ -36,6 +36,7 @@ from penstock.core.types import (
     RequestId,
     StepResult,
 )
+from penstock.vllm.adapters import AdapterPlaces
 from penstock.vllm.blocks import BlockTables
 from penstock.vllm.intake import UnservableError, answer_of, as_core, promise_of
 from penstock.vllm.last_word import last_word
@@ -91,7 +92,7 @@ class Scheduler(EndsAtLength):
         self.settings = read(self.vllm_config.additional_config)
         capabilities = capabilities_of(self.vllm_config, self.kv_cache_config, self.block_size)
         policy = _policy(self.settings, priority=self.scheduler_config.policy == "priority")
-        self._door = Door(policy.admit)
+        self._door = Door(self._adapter_places(policy.admit))
         self.core = Core(capabilities, replace(policy, admit=self._door))
         self.tables = BlockTables(capabilities.kv_blocks, capabilities.block_size)
         self.kv_cache_manager = KVFacade(
@@ -351,6 +352,20 @@ class Scheduler(EndsAtLength):
         self._wording.forget(request)
         self._siblings.forget(request.request_id)
         return super()._free_request(request, delay_free_blocks)
+
+    def _adapter_places(self, admit: AdmitPolicy) -> AdmitPolicy:
+        """The policy, behind what vLLM's workers ask of LoRA adapters, if there are any."""
+        if self.lora_config is None:
+            return admit
+
+        def adapter_of(request_id: RequestId) -> int:
+            adapter = self.requests[request_id].lora_request
+            return 0 if adapter is None else int(adapter.lora_int_id)
+
+        def running() -> list[RequestId]:
+            return [request.request_id for request in self.running]
+
+        return AdapterPlaces(admit, self.lora_config.max_loras, adapter_of, running)
 
     def _model_name(self) -> str:
         """What clients call the model: the first of its names."""

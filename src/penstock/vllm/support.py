@@ -49,8 +49,6 @@ def _of_flags(config: VllmConfig) -> Iterator[str]:
     parallel, scheduler = config.parallel_config, config.scheduler_config
     if config.speculative_config is not None:
         yield "--speculative-config is not supported"
-    if config.lora_config is not None:
-        yield "--enable-lora is not supported"
     if config.kv_transfer_config is not None:
         yield "--kv-transfer-config is not supported"
     if config.ec_transfer_config is not None:

@@ -28,13 +28,23 @@ class Defer:
 
 
 @dataclass(frozen=True, slots=True)
+class Skip:
+    """Not now, for a reason that is its own: those behind it are asked all the same.
+
+    It is asked again in every pass.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reject:
     """Never: end it as rejected, and say why."""
 
     reason: str
 
 
-Answer: TypeAlias = Admit | Defer | Reject
+Answer: TypeAlias = Admit | Defer | Skip | Reject
 Judge: TypeAlias = Callable[[Candidate], Answer]
 OrderKey: TypeAlias = tuple[float, ...]
 
