@@ -104,8 +104,8 @@ def test_only_full_attention_is_served(specs: tuple[Any, ...]) -> None:
 
 
 def test_all_faults_are_named_at_once() -> None:
-    with pytest.raises(ValueError, match=r"--enable-lora.*diffusion"):
-        check_supported(config(lora_config=1, model_config__is_diffusion=True), kv(FULL))
+    with pytest.raises(ValueError, match=r"--kv-transfer.*diffusion"):
+        check_supported(config(kv_transfer_config=1, model_config__is_diffusion=True), kv(FULL))
 
 
 def test_capabilities_are_vllms() -> None:
