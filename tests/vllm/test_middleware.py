@@ -29,6 +29,7 @@ DONE = b"data: [DONE]\n\n"
 @dataclass
 class Params:
     extra_args: dict[str, Any] | None = None
+    n: int = 1
 
 
 def output(*tokens: int, finish: str | None = None, stop: object = None) -> Any:
@@ -153,16 +154,17 @@ class Client:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What the engine was told last, less the answer's name."""
-        told = dict(self.engine.asked[-1].extra_args or {})
-        del told["penstock_answer"]
-        return told
+        """What the engine was told last, less the answer's names."""
+        told = self.engine.asked[-1].extra_args or {}
+        return {name: value for name, value in told.items() if not name.startswith("penstock")}
 
 
 async def test_a_body_passes_as_it_is_and_its_answer_has_a_name() -> None:
-    app = Application(asks=2, shared=Params({"mine": 1}))
+    app = Application(asks=2, shared=Params({"mine": 1}, 2))
     client = Client(app)
-    status, _, answer = await client.post({"prompt": "x", "n": 2})
+    status, _, answer = await client.post({"prompt": "x", "n": 2}, x_request_id="hers")
+    told = client.engine.asked[0].extra_args or {}
+    assert (told["penstock_choices"], told["penstock_clients_id"]) == (2, "hers")
     assert (status, answer) == (200, b'["stop", "stop"]')
     assert json.loads(app.seen[0]) == {"prompt": "x", "n": 2}
     names = [one.extra_args["penstock_answer"] for one in client.engine.asked if one.extra_args]
@@ -198,9 +200,37 @@ async def test_beam_search_has_no_promise() -> None:
 
 
 async def test_the_hook_for_benchmarks_goes_along() -> None:
-    client = Client(Application())
+    client = Client(Application(), plugin={"bench": {"trace_lengths": True}})
     await client.post({"prompt": "x", "trace_output_tokens": 7})
     assert client.asked == {"trace_output_tokens": 7}
+    for wrong in (0, 10**30, True, 1.5, "7", [[7]]):
+        status, _, answer = await client.post({"trace_output_tokens": wrong})
+        assert status == 400
+        assert json.loads(answer)["error"]["param"] == "trace_output_tokens"
+
+
+async def test_without_the_hook_nothing_of_it_reaches_the_engine() -> None:
+    client = Client(Application())
+    await client.post({"prompt": "x", "trace_output_tokens": [[[7]]]})
+    assert client.asked == {}
+
+
+async def test_a_body_is_read_as_vllm_reads_it() -> None:
+    client = Client(Application())
+    for body in (
+        b'{"top_p": NaN, "slo": {"e2e_ms": 9}}',
+        '\ufeff{"slo": {"e2e_ms": 9}}'.encode(),
+        '{"slo": {"e2e_ms": 9}}'.encode("utf-16"),
+        b'{"prompt": "\\ud800", "slo": {"e2e_ms": 9}}',
+    ):
+        await client.post(body, content_type="Application/JSON; charset=utf-8")
+        assert client.asked == {"slo_e2e_ms": 9.0}, body
+
+
+async def test_a_member_that_is_null_says_nothing_against_a_header() -> None:
+    client = Client(Application(), plugin={"slo": {"chat": {"ttft": 1}}})
+    await client.post({"slo": {"class": None, "ttft_ms": None}}, x_slo_class="chat")
+    assert client.asked == {"slo_class": "chat"}
 
 
 async def test_a_body_is_not_read_before_somebody_wants_it() -> None:
@@ -306,8 +336,37 @@ async def test_a_stream_that_had_begun_ends_with_an_error_event() -> None:
     assert (role + b"\n\n", token, nothing) == (ROLE, b"data: [7]", b"")
     name, data = error.split(b"\n")
     assert name == b"event: error"
-    said = msgspec.json.decode(data.removeprefix(b"data: "))["error"]
-    assert said["code"] == "deadline_exceeded"
+    said = msgspec.json.decode(data.removeprefix(b"data: "))
+    assert said["type"] == "error"
+    assert said["error"]["code"] == "deadline_exceeded"
+
+
+async def test_what_keeps_a_connection_alive_is_not_held() -> None:
+    app = Application(streams=True, first=(ROLE, b": keep-alive\n\n", b": keep-alive\n\n"))
+    client = Client(app, output(finish="abort", stop=EXPIRED))
+    status, _, answer = await client.post({})
+    assert status == 200
+    assert [one["body"] for one in client.messages[1:3]] == [ROLE, b": keep-alive\n\n"]
+    assert b"deadline_exceeded" in answer
+
+
+async def test_an_error_keeps_what_other_middlewares_wrote() -> None:
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        async for _ in scope["app"].state.engine_client.generate("x", Params(), "r"):
+            pass
+        headers = [*JSON, (b"content-length", b"2"), (b"access-control-allow-origin", b"*")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    client = Client(app, output(finish="abort", stop=REFUSED))
+    status, headers, answer = await client.post({})
+    assert status == 429
+    assert headers == {
+        b"content-type": b"application/json",
+        b"content-length": str(len(answer)).encode(),
+        b"access-control-allow-origin": b"*",
+        b"retry-after": b"3",
+    }
 
 
 @asynccontextmanager

@@ -316,14 +316,14 @@ def test_where_a_request_stands_can_be_asked_at_any_time() -> None:
     loop.add("cmpl-first-0-0123abcd", [5, 6, 7], 8)
     loop.add("cmpl-next-0-0123abcd", [5, 6, 7, 8], 8)
     loop.step()
-    (first,) = loop.scheduler.explain("first")
+    (first,) = loop.scheduler.explain("cmpl-first")
     assert (first["index"], first["prompt_tokens"], first["output_tokens"]) == (0, 3, 1)
     assert str(first["explanation"]).startswith("decode: 1 of at most 8")
     (then,) = loop.scheduler.explain("cmpl-next")
     assert str(then["explanation"]).startswith("waiting: ")
     assert loop.scheduler.explain("cmpl") == []
     loop.run()
-    assert loop.scheduler.explain("first") == []
+    assert loop.scheduler.explain("cmpl-first") == []
 
 
 def test_explaining_from_another_thread_disturbs_nobody() -> None:

@@ -293,6 +293,12 @@ async def test_nothing_in_a_request_ends_the_engine(served: Served) -> None:
     async with served.client() as client:
         with pytest.raises(openai.BadRequestError):
             await complete(client, "x", 4, extra_body={"vllm_xargs": {"slo_class": ["a"]}})
+        deep: list[Any] = []
+        for _ in range(600):
+            deep = [deep]
+        for odd in (deep, 10**30, -1):
+            # Without the hook for benchmarks, as unknown as any other member.
+            assert (await complete(client, "x", 4, extra_body={"trace_output_tokens": odd})).choices
         assert (await complete(client, "x", 4)).choices[0].text
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
+from urllib.parse import quote
 
 from cyclopts import Parameter
 
@@ -64,7 +65,8 @@ def explain(
 
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(f"{url}/v1/penstock/requests/{request_id}", headers=headers)
+        name = quote(request_id, safe="")
+        answer = httpx.get(f"{url}/v1/penstock/requests/{name}", headers=headers)
         body = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         print(f"penstock: --url {url}: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,16 @@ from penstock.vllm.intake import SLO_ARGUMENTS, TRACE
 _NAMES = tuple(name.removeprefix("slo_") for name in SLO_ARGUMENTS)
 
 
+class _Members(msgspec.Struct):
+    """The members of a body that are looked at; the others are not even decoded."""
+
+    slo: object = None
+    use_beam_search: object = None
+    trace_output_tokens: object = None
+
+
 def asked(
-    headers: Mapping[str, str], body: bytes, classes: Mapping[str, SLOClass]
+    headers: Mapping[str, str], body: bytes, classes: Mapping[str, SLOClass], *, traced: bool
 ) -> dict[str, object]:
     """The promise, as far as it is not the class's own, and the hook for benchmarks.
 
@@ -25,19 +34,23 @@ def asked(
     Args:
         headers: names in lower case.
         body: of the request; one that is no JSON object asks for nothing.
+        traced: whether the hook is there.
 
     Raises:
         ApiError: 400: a header or a member that cannot be right.
     """
-    decoded = _decoded(body)
-    if decoded.get("use_beam_search"):
+    members = _members(body)
+    if members.use_beam_search:
         return {}
-    slo = decoded.get("slo")
+    slo = members.slo
     if not isinstance(slo, dict | None):
         raise invalid("slo", f'slo is {slo!r}; it must be an object such as {{"ttft_ms": 500}}')
     given = _promise(headers, slo or {}, classes)
-    if TRACE in decoded:
-        given[TRACE] = decoded[TRACE]
+    length = members.trace_output_tokens
+    if traced and length is not None:
+        if type(length) is not int or not 1 <= length < 1 << 31:
+            raise invalid(TRACE, f"{TRACE} is {length!r}; it must be an integer of at least 1")
+        given[TRACE] = length
     return given
 
 
@@ -54,12 +67,19 @@ def checked(promise: dict[str, object], more: Mapping[str, object]) -> dict[str,
     return promise
 
 
-def _decoded(body: bytes) -> dict[str, Any]:
+def _members(body: bytes) -> _Members:
     try:
-        decoded = msgspec.json.decode(body)
+        return msgspec.json.decode(body, type=_Members)
     except (msgspec.MsgspecError, RecursionError):
-        return {}
-    return decoded if isinstance(decoded, dict) else {}
+        pass
+    try:
+        # vLLM's server takes what this takes: other encodings, and numbers that are none.
+        decoded = json.loads(body)
+    except (ValueError, RecursionError):
+        return _Members()
+    if not isinstance(decoded, dict):
+        return _Members()
+    return _Members(*(decoded.get(name) for name in _Members.__struct_fields__))
 
 
 def _promise(
@@ -73,7 +93,9 @@ def _promise(
     promise = resolve(headers, slo, classes)
     given: dict[str, object] = {}
     for name, argument in zip(_NAMES, SLO_ARGUMENTS, strict=True):
-        value = slo.get(name, headers.get("x-slo-" + name.replace("_", "-")))
+        value = slo.get(name)
+        if value is None:
+            value = headers.get("x-slo-" + name.replace("_", "-"))
         if value is not None:
             given[argument] = promise.slo_class if name == "class" else float(value)
     return given

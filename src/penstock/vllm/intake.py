@@ -19,9 +19,14 @@ SLO_ARGUMENTS = ("slo_class", "slo_ttft_ms", "slo_tpot_ms", "slo_gap_ms", "slo_e
 TRACE = "trace_output_tokens"
 """The member that carries an output length, where the hook for benchmarks is on."""
 
-
 ANSWER = "penstock_answer"
 """The member with which the middleware names the HTTP answer that a request is part of."""
+
+CHOICES = "penstock_choices"
+"""How many choices each prompt of that answer has."""
+
+CLIENTS_ID = "penstock_clients_id"
+"""What the answer's client calls it: its ``X-Request-Id``."""
 
 
 class UnservableError(ValueError):

@@ -10,13 +10,10 @@ an error event.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.settings import SLOClass
 from penstock.vllm.exchange import CURRENT, Exchange, watch
-from penstock.vllm.settings import read
+from penstock.vllm.settings import PluginConfig, read
 
 
 class Middleware:
@@ -28,18 +25,18 @@ class Middleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._classes: Mapping[str, SLOClass] | None = None
+        self._settings: PluginConfig | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if self._classes is None:  # vLLM's engine and configuration are there by now
+        if self._settings is None:  # vLLM's engine and configuration are there by now
             state = scope["app"].state
             watch(state.engine_client)
-            self._classes = read(state.vllm_config.additional_config).slo
-        exchange = Exchange(scope, receive, send, self._classes)
+            self._settings = read(state.vllm_config.additional_config)
+        exchange = Exchange(scope, receive, send, self._settings)
         token = CURRENT.set(exchange)
         try:
             await self._app(scope, exchange.receive, exchange.send)

@@ -40,7 +40,7 @@ from penstock.vllm.adapters import AdapterPlaces
 from penstock.vllm.blocks import BlockTables
 from penstock.vllm.intake import UnservableError, answer_of, as_core, promise_of
 from penstock.vllm.last_word import last_word
-from penstock.vllm.listening import Standing, named, serve
+from penstock.vllm.listening import Standing, serve, stand
 from penstock.vllm.memory import KVFacade
 from penstock.vllm.pausing import Door
 from penstock.vllm.queue import WaitingSet
@@ -227,17 +227,7 @@ class Scheduler(EndsAtLength):
         Args:
             name: the answer's id, or the client's own ``X-Request-Id``.
         """
-        now = time.time()
-        return [
-            {
-                "index": index,
-                "prompt_tokens": one.num_prompt_tokens,
-                "output_tokens": one.num_output_tokens,
-                "age_s": round(now - one.arrival_time, 3),
-                "explanation": self.core.explain(one.request_id) or "not before the scheduler yet",
-            }
-            for index, one in enumerate(named(name, self.requests.values()))
-        ]
+        return stand(name, self.requests.values(), self.core.explain)
 
     def _let_in_compiled(self) -> None:
         """Hand over those whose grammar is ready."""
