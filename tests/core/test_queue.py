@@ -21,7 +21,8 @@ def place(one: Entry) -> tuple[bool, tuple[float, ...], int]:
 @given(st.data())
 @settings(max_examples=60)
 def test_it_is_a_sorted_list(data: st.DataObject) -> None:
-    queue = WaitingQueue()
+    queue = WaitingQueue(table=True)
+    assert queue.table is not None
     naive: list[Entry] = []
     out: list[Entry] = []
     made = 0
@@ -51,7 +52,7 @@ def test_it_is_a_sorted_list(data: st.DataObject) -> None:
         assert queue.peek() is min(naive, key=place, default=None)
         assert len(queue) == len(naive)
         assert queue.tokens == sum(one.total for one in naive)
-        assert [one.seq for one in queue] == [one.seq for one in naive], "not as they came"
+        assert queue.table.rows().entries == naive, "not as they came"
 
 
 def test_ties_go_by_order_of_arrival_and_demoted_ones_come_last() -> None:

@@ -54,11 +54,13 @@ class Leaving:
 class Books:
     """The scheduler's state, and the moves that keep it consistent."""
 
-    def __init__(self, capabilities: Capabilities, *, enforce_caps: bool = True) -> None:
+    def __init__(
+        self, capabilities: Capabilities, *, enforce_caps: bool = True, ranked: bool = False
+    ) -> None:
         self.capabilities = capabilities
         self._enforce_caps = enforce_caps
         self.ledger = Ledger(capabilities.kv_blocks, capabilities.block_size)
-        self.queue = WaitingQueue()
+        self.queue = WaitingQueue(table=ranked)
         self.decode = DecodeSet(capabilities.block_size, enforce_caps=enforce_caps)
         self.prefill: dict[RequestId, Entry] = {}
         # Those in State.DECODE that do not advance in the plan being made.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
-from itertools import chain
-from operator import itemgetter
 
 from penstock.core.entry import Entry
 from penstock.core.policies.base import OrderKey
+from penstock.core.prompt_table import PromptTable
 
 _SPARE = 64
 _Place = tuple[bool, OrderKey, int, int, Entry]
-_PUSH = itemgetter(3)
 
 
 class WaitingQueue:
@@ -23,24 +20,22 @@ class WaitingQueue:
     everyone does where the order is that of arrival, joins the line: push, peek and removal are
     O(1).  The others go to a heap: push and peek are O(log n), removal is O(1), all amortized (the
     place is emptied, and cleared away later).
+
+    Attributes:
+        tokens: that those in it must have KV for.
+        table: the same entries as columns, if anybody wants them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, table: bool = False) -> None:
         self._line: deque[_Place] = deque()
         self._heap: list[_Place] = []
         self._count = 0
         self._pushes = 0
         self.tokens = 0
+        self.table = PromptTable() if table else None
 
     def __len__(self) -> int:
         return self._count
-
-    def __iter__(self) -> Iterator[Entry]:
-        """In the order in which they came into the queue: orders made anew break ties by it."""
-        places = [place for place in chain(self._line, self._heap) if _taken(place)]
-        if self._heap:
-            places.sort(key=_PUSH)
-        return (place[4] for place in places)
 
     def push(self, entry: Entry) -> None:
         """Add an entry that is not in the queue."""
@@ -56,6 +51,8 @@ class WaitingQueue:
         else:
             line.append(place)
         self.tokens += entry.total
+        if self.table is not None:
+            self.table.join(entry)
 
     def peek(self) -> Entry | None:
         """The first entry, or None."""
@@ -76,6 +73,8 @@ class WaitingQueue:
         entry.place = 0
         self._count -= 1
         self.tokens -= entry.total
+        if self.table is not None:
+            self.table.leave(entry)
         # Behind a head that does not move, empty places would pile up for as long as it stands.
         if len(self._line) + len(self._heap) > 2 * self._count + _SPARE:
             self._line = deque([place for place in self._line if _taken(place)])

@@ -82,7 +82,7 @@ class Scheduler:
             raise ValueError(msg)
         self.capabilities = capabilities
         self.policy = policy
-        self._books = Books(capabilities, enforce_caps=enforce_caps)
+        self._books = Books(capabilities, enforce_caps=enforce_caps, ranked=policy.rank is not None)
         self._admission = Admission(self._books, policy)
         self._flights: deque[_Flight] = deque()
         self._enforce_caps = enforce_caps

@@ -63,14 +63,16 @@ class Urgency:
         if not lost:
             self._since = 0
             return order
-        lost.sort(key=lambda row: (seconds[row], prompts.seq[row]))
+        rows = np.array(lost, dtype=np.int64)
+        seq = prompts.seq[rows]
+        shortest = rows[np.lexsort((seq, seconds[rows]))]
         self._since += 1
         if self._since >= ceil(1 / self.lost_share):
             self._since = 0
-            oldest = min(lost, key=prompts.seq.__getitem__)
-            lost.remove(oldest)
-            kept.insert(0, oldest)
-        return np.array(kept + lost, dtype=np.int64)
+            oldest = rows[seq.argmin()]
+            kept.insert(0, int(oldest))
+            shortest = shortest[shortest != oldest]
+        return np.concatenate((np.array(kept, dtype=np.int64), shortest))
 
     def _favour(self, aged: Ints, now: float) -> int:
         """Which of those who have waited long, by their ``seq``, comes first; -1: none."""
