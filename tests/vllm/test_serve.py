@@ -36,7 +36,7 @@ SETTINGS = {
     "slo": {
         "strict": {"e2e": 0.000_1, "on_miss": "expire"},
         "easy": {"ttft": 60, "gap": 60},
-        "brief": {"e2e": 1.0, "on_miss": "expire"},
+        "brief": {"e2e": 0.4, "on_miss": "expire"},
     },
 }
 
