@@ -103,11 +103,10 @@ def test_a_refusal_behind_one_who_is_skipped_ends_the_pass() -> None:
     for name in ("a", "b", "c", "d"):
         hand.add(name, 4, 50)
     assert starts(hand, 2) == [["a"], []]
-    assert admit.log[:3] == [(1, "a"), (1, "b"), (1, "c")]
-    assert "d" not in {name for _, name in admit.log}
+    assert admit.log == [(1, "a"), (1, "b"), (1, "c"), (2, "b"), (2, "c")]
     hand.scheduler.cancel("b")
     hand.step()
-    assert admit.log[-1] != (3, "d")
+    assert admit.log[5:] in ([(0, "b cancelled")], [(0, "b cancelled"), (3, "c")])
 
 
 def test_a_deferral_is_not_asked_about_again_while_it_holds() -> None:

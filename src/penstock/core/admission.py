@@ -112,10 +112,9 @@ class Admission:
         at_once = self._policy.at_once
         try:
             while head is not None and (draft.prefill_left > 0 or at_once):
-                skipped = len(turn.skipped)
                 if not self._ask(draft, turn, head):
                     break
-                if len(turn.skipped) > skipped:
+                if turn.skipped and turn.skipped[-1] is head:
                     books.queue.remove(head)
                 head = books.queue.peek()
         finally:

@@ -209,13 +209,13 @@ class NativeEngine:
             step = self._plan_step(plan)
             if step is not None:
                 self._compute(step, tokens, stopped, failed)
-        seconds = time.perf_counter() - began
         # By themselves rather than by their cap, if both at once.
         capped = {
             name: self._keys(self._rows.row(name))
             for name in plan.capped
             if name in tokens and name not in stopped
         }
+        seconds = time.perf_counter() - began
         self._result = StepResult(plan.number, seconds, tokens, stopped, failed, capped=capped)
         return Ticket(plan.number)
 

@@ -51,9 +51,10 @@ class AdapterPlaces:
     def judge(self, view: Snapshot) -> Judge:
         """Open a pass."""
         placed = {self._adapter_of(request_id) for request_id in self._running()} - {0}
-        behind = self._behind.judge(view)
+        behind: Judge | None = None
 
         def answer(candidate: Candidate) -> Answer:
+            nonlocal behind
             adapter = self._adapter_of(candidate.request.id)
             if adapter and adapter not in placed:
                 if len(placed) >= self._most:
@@ -61,6 +62,8 @@ class AdapterPlaces:
                     impatient = view.now - candidate.request.arrival >= PATIENCE
                     return Defer(reason) if impatient else Skip(reason)
                 placed.add(adapter)
+            if behind is None:  # not for those alone who are skipped in every step
+                behind = self._behind.judge(view)
             return behind(candidate)
 
         return answer

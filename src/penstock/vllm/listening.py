@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 REQUESTS = "/v1/penstock/requests/"
 _LONGEST = 256
-# vLLM adds to an answer's id: the number of a choice, that of a prompt, random characters.
 _BEHIND = re.compile(r"behind \S+")
-_COMPILING = "its grammar is being compiled"
+_ELSEWHERE = "its grammar is being compiled, or it is about to end"
+# vLLM adds to an answer's id: the number of a choice, that of a prompt, random characters.
 _RANDOM = re.compile(r"-[0-9a-f]{8}\Z")
 _ADDED = re.compile(r"(?:(\d{1,9})_)?(.*?)((?:[-_]\d{1,9})?)", re.DOTALL)
 Standing: TypeAlias = dict[str, object]
@@ -75,7 +75,7 @@ def stand(
             "prompt_tokens": one.num_prompt_tokens,
             "output_tokens": one.num_output_tokens,
             "age_s": round(now - one.arrival_time, 3),
-            "explanation": _BEHIND.sub("behind another", explain(one.request_id) or _COMPILING),
+            "explanation": _BEHIND.sub("behind another", explain(one.request_id) or _ELSEWHERE),
         }
         for index, one in named(name, requests)
     ]
@@ -98,16 +98,14 @@ def serve(port: int, registry: CollectorRegistry, explain: Callable[[str], list[
             return metrics(environ, start_response)
         name = path.removeprefix(REQUESTS)
         choices = explain(name) if len(name) <= _LONGEST else []
-        status, body = "200 OK", b""
+        json = [("content-type", "application/json")]
         if choices:
+            start_response("200 OK", json)
             answer = {"id": name, "object": "penstock.request", "choices": choices}
-            body = msgspec.json.encode(answer)
-        else:
-            msg = f"request {name!r} is not open; it has ended or never was"
-            status = "404 Not Found"
-            body = ApiError(404, msg, code="request_not_found", param="request_id").body()
-        start_response(status, [("content-type", "application/json")])
-        return [body]
+            return [msgspec.json.encode(answer)]
+        msg = f"request {name!r} is not open; it has ended or never was"
+        start_response("404 Not Found", json)
+        return [ApiError(404, msg, code="request_not_found", param="request_id").body()]
 
     server = make_server("", port, application, ThreadingWSGIServer, _Silent)
     Thread(target=server.serve_forever, name="penstock-http", daemon=True).start()
